@@ -1,0 +1,128 @@
+// The words of llmc/ptx.cuh on the CPU: same names, same meaning, and each as late and as strict as the PTX ISA allows.
+// A word that a warp executes as one is a meeting of its 32 lanes; the last lane to come does the work for all.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include "cuda_bf16.h"
+#include "cuda_runtime.h"
+
+namespace ptx {
+
+// The block's dynamic shared memory, poisoned for each block and exactly as long as the launch asked for.
+inline unsigned char* dynamic_shared() { return sim::worker->shared; }
+
+// 2^x; subnormal operands and results are zeros of their sign (ex2.approx.ftz.f32).
+inline float ex2(float x) {
+    const float y = exp2f(x);
+    return y < 0x1p-126f ? 0.0f : y;
+}
+
+// ---- cp.async: the bytes come at the wait, not before -----------------------------------------------------------------
+
+// Until the wait the destination holds poison, so that whoever reads too early sees it.
+SIM_QUIET inline void cp_async_16(void* shared_dst, const void* global_src, sim::Where where = sim::Where::current()) {
+    sim::async_issue(shared_dst, global_src, where);
+}
+SIM_QUIET inline void cp_async_16_zfill(void* shared_dst, const void* global_src, bool valid,
+                                        sim::Where where = sim::Where::current()) {
+    sim::async_issue(shared_dst, valid ? global_src : nullptr, where);
+}
+inline void cp_async_commit() { sim::async_commit(); }
+template <int N>
+inline void cp_async_wait() {
+    sim::async_wait(N);
+}
+
+// ---- tensor-core words ------------------------------------------------------------------------------------------------
+
+namespace detail {
+
+using Halves = uint16_t __attribute__((vector_size(16)));  // a row of an 8x8 matrix
+
+// Rows become columns: three rounds of interleaving row i with row i + 4.
+SIM_QUIET inline void transpose(Halves (&m)[8]) {
+    const Halves kLow = {0, 8, 1, 9, 2, 10, 3, 11}, kHigh = {4, 12, 5, 13, 6, 14, 7, 15};
+    for (int round = 0; round < 3; round++) {
+        Halves next[8];
+        for (int i = 0; i < 4; i++) {
+            next[2 * i] = __builtin_shuffle(m[i], m[i + 4], kLow);
+            next[2 * i + 1] = __builtin_shuffle(m[i], m[i + 4], kHigh);
+        }
+        for (int i = 0; i < 8; i++) m[i] = next[i];
+    }
+}
+
+// Row r of a matrix is the words of lanes 4 r .. 4 r + 3, so a result register is its matrix row after row.
+template <bool kTranspose>
+SIM_QUIET inline void ldmatrix(const char* word, uint32_t (&r)[4], const void* shared_row, sim::Where where) {
+    const unsigned lane = sim::worker->lane;
+    sim::Exchange& x = sim::worker->warp->exchange;
+    sim::check_shared(shared_row, 16, word, where);
+    x.row[lane] = shared_row;
+    sim::meet(word, 0xffffffffu, where, [where](sim::Exchange& all) {
+        if (sim::race_on) [[unlikely]]
+            for (unsigned l = 0; l < 32; l++) sim::race_read(all.row[l], 16, l, where);
+        for (int i = 0; i < 4; i++) {
+            Halves m[8];
+            for (int row = 0; row < 8; row++) memcpy(&m[row], all.row[8 * i + row], 16);
+            if (kTranspose) transpose(m);
+            memcpy(all.matrix[i], m, sizeof(m));
+        }
+    });
+    for (int i = 0; i < 4; i++) r[i] = x.matrix[i][lane];
+}
+
+inline float low(uint32_t pair) { return std::bit_cast<float>(pair << 16); }
+inline float high(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
+
+}  // namespace detail
+
+SIM_QUIET inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row, sim::Where where = sim::Where::current()) {
+    detail::ldmatrix<false>("ldmatrix_x4", r, shared_row, where);
+}
+SIM_QUIET inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row,
+                                        sim::Where where = sim::Where::current()) {
+    detail::ldmatrix<true>("ldmatrix_x4_trans", r, shared_row, where);
+}
+
+// Each lane spreads its fragments into whole matrices of floats (bf16 products are exact there), the last one multiplies.
+SIM_QUIET inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                   sim::Where where = sim::Where::current()) {
+    using namespace detail;
+    const unsigned lane = sim::worker->lane, g = lane / 4, t = 2 * (lane % 4);
+    sim::Exchange& x = sim::worker->warp->exchange;
+    x.a[g][t] = low(a[0]), x.a[g][t + 1] = high(a[0]);
+    x.a[g + 8][t] = low(a[1]), x.a[g + 8][t + 1] = high(a[1]);
+    x.a[g][t + 8] = low(a[2]), x.a[g][t + 9] = high(a[2]);
+    x.a[g + 8][t + 8] = low(a[3]), x.a[g + 8][t + 9] = high(a[3]);
+    x.b[t][g] = low(b0), x.b[t + 1][g] = high(b0);
+    x.b[t + 8][g] = low(b1), x.b[t + 9][g] = high(b1);
+    memcpy(&x.d[g][t], &d[0], 8);
+    memcpy(&x.d[g + 8][t], &d[2], 8);
+    sim::meet("mma_m16n8k16", 0xffffffffu, where, [](sim::Exchange& all) {
+        using Row = float __attribute__((vector_size(32)));
+        constexpr int kRows = 8;  // at once, so that the multiply-adds of one row hide behind the others'
+        for (int i = 0; i < 16; i += kRows) {
+            Row sum[kRows];
+            memcpy(sum, all.d[i], sizeof(sum));
+            for (int k = 0; k < 16; k++) {
+                Row b;
+                memcpy(&b, all.b[k], 32);
+                for (int r = 0; r < kRows; r++) sum[r] += all.a[i + r][k] * b;
+            }
+            memcpy(all.d[i], sum, sizeof(sum));
+        }
+    });
+    memcpy(&d[0], &x.d[g][t], 8);
+    memcpy(&d[2], &x.d[g + 8][t], 8);
+}
+
+// Two floats rounded to nearest even bf16, lo in the lower half (cvt.rn.bf16x2.f32).
+inline uint32_t pack_bf16(float lo, float hi) { return sim::bf16_bits(lo) | uint32_t{sim::bf16_bits(hi)} << 16; }
+
+// A barrier of the `threads` threads that name it, a multiple of 32; id 1 .. 15 (bar.sync).
+SIM_QUIET inline void barrier_sync(int id, int threads, sim::Where where = sim::Where::current()) {
+    sim::barrier("barrier_sync", id, static_cast<unsigned>(threads), where);
+}
+
+}  // namespace ptx
