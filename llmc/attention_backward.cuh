@@ -1,0 +1,500 @@
+// Causal self-attention, backward, head size 64. From dO and what forward left (Q, K, V, O, L; see attention_forward.cuh):
+//
+//     P_ij = 2^(S_ij log2 e - L_i)          D_i = sum_d dO_id O_id = sum_j P_ij dP_ij
+//     dV = P^T dO        dP = dO V^T        dS = P o (dP - D)        dK = dS^T Q / 8        dQ = dS K / 8
+//
+// and the bias gradient of the projection that made Q, K and V: the column sums of dQ, dK, dV.
+//
+// Seven products of tiles, five of them different. A warp computes S and dP for 32 x 32 queries and keys at a time; P and dS
+// stay in its registers. Every sum is made by one block in one order: no atomics, the same bits each run. Two schemes:
+//
+//   walked  A block takes a whole head and walks its key blocks, five products. It computes S^T and dP^T (keys are rows), so
+//           that P^T and dS^T are left operands as they lie in registers, keeps dK and dV of 128 keys in registers, and
+//           sends dS through shared memory for dQ += dS K. dQ is a sum over key blocks: fp32, in the block's own scratch,
+//           each element always by the same thread. The first key block assigns, the last (on the diagonal) converts and
+//           writes: no memset, no kernel before or after.
+//
+//                   queries 0  32  64  96 128 160 ...         steps of 32 queries, from the diagonal on
+//       keys    0 [ warp 0  \   .   .   .   .   .             \  masked      .  whole
+//       keys   32 [ warp 1      \   .   .   .   .             blank: skipped
+//       keys   64 [ warp 2          \   .   .   .
+//       keys   96 [ warp 3              \   .   .
+//
+//   split   Two kernels, seven products: dQ by query blocks (S, dP, dQ), then dK, dV by key blocks (S, dP, dV, dK). No scratch
+//           but D, nothing crosses warps, and T / 128 times as many blocks.
+//
+// Walking a head is cheaper by 5 : 7, but heads come in whole waves of resident blocks: plan_walked_heads() walks the whole
+// waves and splits the remainder, or everything when there are few heads.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <ptx.cuh>
+#include "llmc/attention_fp32.cuh"
+#include "llmc/attention_tile.cuh"
+#include "llmc/launch.cuh"
+#include "llmc/vec.cuh"  // Pack128
+
+namespace attention {
+
+inline constexpr int kStepQueries = 32;  // queries of a step by keys: S^T and dP^T of 32 x 32 a warp are 64 registers beside
+                                         // the 128 of dK and dV; 64 queries would spill
+inline constexpr int kStepKeys = 32;     // keys of a step by queries: the same beside dQ's 64 and the 64 of Q and dO
+inline constexpr int kTileKeys = 64;     // keys that come by one cp.async group, two steps
+
+// Column sums over a block's rows are made of 32 rows of partial sums (8 lanes x 4 warps); 8 words of padding let the
+// eight lanes of a column write without a bank conflict.
+using ColumnSums = float[kWarps * 8][kHeadSize + 8];
+
+// What the kernels share: tensors, shapes, and scratch that they don't own.
+struct BackwardArguments {
+    bf16* dqkv;           // (B, T, 3, NH, 64)
+    float* bias_partial;  // (B, key or query blocks, 3, NH, 64): column sums of each block's part of dqkv
+    float2* row_stats;    // (B NH, T rounded up to 128): {L, D} of each query; 0 beyond T
+    const bf16 *dout, *out, *qkv;
+    const float* lse;
+    int T, NH;
+    int first_head;  // heads before it belong to another launch
+
+    __device__ int blocks() const { return (T + kBlockRows - 1) / kBlockRows; }
+    __device__ float2* stats_of(int head) const { return row_stats + static_cast<size_t>(head) * blocks() * kBlockRows; }
+    __device__ HeadRows<bf16> gradient(Which which, int head) const { return packed_rows(dqkv, which, head, T, NH); }
+    __device__ HeadRows<const bf16> input(Which which, int head) const { return packed_rows(qkv, which, head, T, NH); }
+    __device__ float* bias_row(Which which, int head, int block) const {
+        const size_t b = head / NH, h = head % NH;
+        return bias_partial + (((b * blocks() + block) * 3 + which) * NH + h) * kHeadSize;
+    }
+};
+
+// {L, D} of a query, {0, 0} beyond T: there Q, dO are zeros too, so that P = 1, dS = 0, and nothing is added anywhere.
+__device__ inline float2 query_stats(const BackwardArguments& a, int head, int query) {
+    if (query >= a.T) return float2{0.0f, 0.0f};
+    const bf16* o = plain_rows(a.out, head, a.T, a.NH).row(query);
+    const bf16* d_o = plain_rows(a.dout, head, a.T, a.NH).row(query);
+    float dot = 0.0f;
+    for (int i = 0; i < kHeadSize; i += Pack128<bf16>::size) {
+        const Pack128<bf16> x = load128(o + i), y = load128(d_o + i);
+        for (int k = 0; k < Pack128<bf16>::size; k++) dot = fmaf(x[k], y[k], dot);
+    }
+    return float2{a.lse[static_cast<size_t>(head) * a.T + query], dot};
+}
+
+// sums[c] = factor x the sum of column c of the accumulators of all warps. The block's threads all come; `partial` must be
+// free, and is again after the next barrier.
+__device__ inline void store_column_sums(float* sums, const float (&c)[2][8][4], float factor, ColumnSums& partial) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+        *reinterpret_cast<float2*>(&partial[warp * 8 + lane / 4][8 * n + lane % 4 * 2]) =
+            float2{(c[0][n][0] + c[0][n][2]) + (c[1][n][0] + c[1][n][2]), (c[0][n][1] + c[0][n][3]) + (c[1][n][1] + c[1][n][3])};
+    __syncthreads();
+    if (threadIdx.x < kHeadSize) {
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int i = 0; i < kWarps * 8; i++) sum += partial[i][threadIdx.x];
+        sums[threadIdx.x] = sum * factor;
+    }
+}
+
+// ---- by key blocks: dK, dV, and in the walked scheme dQ ----------------------------------------------------------------
+
+struct QueryStep {
+    Tile<kStepQueries> q, d_o;
+    alignas(16) float2 stats[kStepQueries];
+};
+
+struct KeyBlockShared {  // 58 KB: two blocks an SM on A100 and H100
+    Tile<kBlockRows> k, v;
+    QueryStep step[2];
+    ColumnSums columns;
+};
+
+struct WalkShared {  // 76 KB
+    KeyBlockShared block;
+    Tile<kBlockRows> ds;  // dS^T, a row a key: its first half for even steps, its second for odd ones
+    float dq_columns[8][kHeadSize];
+};
+
+__device__ inline void load_query_step(QueryStep& s, const BackwardArguments& a, int head, int step) {
+    const int query = step * kStepQueries;
+    load_tile(s.q, a.input(kQuery, head), query, a.T);
+    load_tile(s.d_o, plain_rows(a.dout, head, a.T, a.NH), query, a.T);
+    if (threadIdx.x < kStepQueries / 2)
+        ptx::cp_async_16(&s.stats[2 * threadIdx.x], a.stats_of(head) + query + 2 * threadIdx.x);
+}
+
+// p = P^T and ds = dS^T of the warp's 32 keys (rows) and the step's 32 queries (columns). -D is where dP's sums start.
+__device__ inline void gradients_by_key(float (&p)[2][4][4], float (&ds)[2][4][4], KeyBlockShared& s, QueryStep& step,
+                                        int warp_row, bool on_diagonal) {
+    const int lane = threadIdx.x % 32;
+    const auto stats_of = [&](int n) {  // {L, D, L, D} of this lane's two queries in columns 8 n .. 8 n + 7
+        return *reinterpret_cast<const float4*>(&step.stats[8 * n + lane % 4 * 2]);
+    };
+    fill(p, 0.0f);
+    multiply_transposed(p, s.k, warp_row, step.q, 0);
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        const float4 stats = stats_of(n);
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const bool future = on_diagonal && 16 * m + e / 2 * 8 + lane / 4 > 8 * n + lane % 4 * 2 + e % 2;
+                const float score = future ? -INFINITY : p[m][n][e];
+                p[m][n][e] = ptx::ex2(fmaf(score, kScaleLog2, e % 2 ? -stats.z : -stats.x));
+                ds[m][n][e] = e % 2 ? -stats.w : -stats.y;
+            }
+    }
+    multiply_transposed(ds, s.v, warp_row, step.d_o, 0);
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) ds[m][n][e] *= p[m][n][e];
+}
+
+// The walked scheme's dQ of one step: 32 queries x the 16 columns of this warp, as dq[m][n][4].
+struct StepDq {
+    float dq[2][2][4];
+
+    // What earlier key blocks have summed; this thread wrote it.
+    __device__ void load(const float4* scratch, int step) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float4 v = scratch[(static_cast<size_t>(step) * 4 + i) * kThreads + threadIdx.x];
+            dq[i / 2][i % 2][0] = v.x, dq[i / 2][i % 2][1] = v.y, dq[i / 2][i % 2][2] = v.z, dq[i / 2][i % 2][3] = v.w;
+        }
+    }
+    __device__ void store(float4* scratch, int step) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float* v = dq[i / 2][i % 2];
+            scratch[(static_cast<size_t>(step) * 4 + i) * kThreads + threadIdx.x] = float4{v[0], v[1], v[2], v[3]};
+        }
+    }
+    // += dS K over the block's first `keys` keys.
+    __device__ void add(Tile<kBlockRows>& ds, Tile<kBlockRows>& k, int step, int keys) {
+        const int column = step % 2 * kStepQueries, warp_column = threadIdx.x / 32 * 16;
+#pragma unroll 2
+        for (int key = 0; key < keys; key += 16) {
+            uint32_t left[2][4], right[4];
+            load_left_transposed(left[0], ds, key, column);
+            load_left_transposed(left[1], ds, key, column + 16);
+            load_right(right, k, key, warp_column);
+            multiply(dq, 0, left, right);
+        }
+    }
+    // The sums are complete: out they go, and into the column sums, which the block's first step starts.
+    __device__ void finish(const BackwardArguments& a, int head, int step, float (&columns)[8][kHeadSize], bool first) const {
+        const int lane = threadIdx.x % 32, g = lane / 4;
+        const HeadRows<bf16> rows = a.gradient(kQuery, head);
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const int column = threadIdx.x / 32 * 16 + 8 * n + lane % 4 * 2;
+            float sum[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                sum[e] = (dq[0][n][e] + dq[0][n][e + 2]) + (dq[1][n][e] + dq[1][n][e + 2]);
+                columns[g][column + e] = first ? sum[e] : columns[g][column + e] + sum[e];
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int query = step * kStepQueries + 8 * i + g;
+                if (query < a.T)
+                    *reinterpret_cast<uint32_t*>(rows.row(query) + column) =
+                        ptx::pack_bf16(dq[i / 2][n][i % 2 * 2] * kScale, dq[i / 2][n][i % 2 * 2 + 1] * kScale);
+            }
+        }
+    }
+};
+
+// dK, dV of one key block and, kWalked, its share of dQ. walk and dq_scratch are null otherwise. One barrier a step: before
+// it, each warp has used the step's Q and dO and written its dS; after it, their places are refilled, and dQ is summed.
+template <bool kWalked>
+__device__ inline void backward_key_block(const BackwardArguments& a, int head, int block, KeyBlockShared& s,
+                                          WalkShared* walk, float4* dq_scratch) {
+    constexpr int kBlockSteps = kBlockRows / kStepQueries;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_row = warp * kWarpRows;
+    const int first_key = block * kBlockRows;
+    const int first_step = block * kBlockSteps, steps = (a.T + kStepQueries - 1) / kStepQueries;
+    load_tile(s.k, a.input(kKey, head), first_key, a.T);
+    load_tile(s.v, a.input(kValue, head), first_key, a.T);
+    load_query_step(s.step[0], a, head, first_step);
+    ptx::cp_async_commit();
+    if (first_step + 1 < steps) load_query_step(s.step[1], a, head, first_step + 1);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<1>();
+    __syncthreads();
+
+    float dk[2][8][4], dv[2][8][4];
+    fill(dk, 0.0f);
+    fill(dv, 0.0f);
+    for (int step = first_step; step < steps; step++) {
+        const int past_diagonal = step - first_step;  // warp w's keys cross the diagonal in step w
+        QueryStep& q = s.step[step % 2];
+        if (past_diagonal >= warp) {
+            float p[2][4][4], ds[2][4][4];
+            gradients_by_key(p, ds, s, q, warp_row, past_diagonal == warp);
+            if constexpr (kWalked) {
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+#pragma unroll
+                    for (int n = 0; n < 4; n++)
+                        *reinterpret_cast<uint32_t*>(walk->ds.chunk(warp_row + 8 * i + lane / 4, step % 2 * 4 + n) +
+                                                     lane % 4 * 4) =
+                            ptx::pack_bf16(ds[i / 2][n][i % 2 * 2], ds[i / 2][n][i % 2 * 2 + 1]);
+            }
+            multiply_accumulators(dv, p, q.d_o, 0);
+            multiply_accumulators(dk, ds, q.q, 0);
+        }
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+        if (step + 2 < steps) load_query_step(q, a, head, step + 2);
+        ptx::cp_async_commit();
+        if constexpr (kWalked) {
+            StepDq sum;
+            if (block > 0) sum.load(dq_scratch, step);
+            else fill(sum.dq, 0.0f);
+            const bool last = past_diagonal < kBlockSteps;  // of the key blocks that these queries see
+            sum.add(walk->ds, s.k, step, last ? (past_diagonal + 1) * kStepQueries : kBlockRows);
+            if (last) sum.finish(a, head, step, walk->dq_columns, past_diagonal == 0);
+            else sum.store(dq_scratch, step);
+        }
+    }
+
+    const float scale[2][2] = {{kScale, kScale}, {kScale, kScale}}, one[2][2] = {{1.0f, 1.0f}, {1.0f, 1.0f}};
+    store_column_sums(a.bias_row(kKey, head, block), dk, kScale, s.columns);  // its barrier frees K and V for what follows
+    if constexpr (kWalked)
+        if (threadIdx.x < kHeadSize) {
+            float sum = 0.0f;
+            for (int g = 0; g < 8; g++) sum += walk->dq_columns[g][threadIdx.x];
+            a.bias_row(kQuery, head, block)[threadIdx.x] = sum * kScale;
+        }
+    store_rows(a.gradient(kKey, head), first_key + warp_row, a.T, s.k, warp_row, dk, scale);
+    store_rows(a.gradient(kValue, head), first_key + warp_row, a.T, s.v, warp_row, dv, one);
+    __syncthreads();
+    store_column_sums(a.bias_row(kValue, head, block), dv, 1.0f, s.columns);
+}
+
+// Grid: resident blocks, each walks the heads blockIdx.x, blockIdx.x + gridDim.x, ... below `heads`.
+__global__ void __launch_bounds__(kThreads, 2)
+attention_backward_walk_kernel(BackwardArguments a, float4* dq_scratch, int heads) {
+    WalkShared& s = shared<WalkShared>();
+    const int rows = a.blocks() * kBlockRows;
+    float4* scratch = dq_scratch + static_cast<size_t>(blockIdx.x) * rows * (kHeadSize / 4);
+    for (int head = blockIdx.x; head < heads; head += gridDim.x) {
+        float2* stats = a.stats_of(head);
+        for (int query = threadIdx.x; query < rows; query += kThreads) stats[query] = query_stats(a, head, query);
+        for (int block = 0; block < a.blocks(); block++) {
+            __syncthreads();  // the statistics are there, and the last block's tiles are free
+            backward_key_block<true>(a, head, block, s.block, &s, scratch);
+        }
+        __syncthreads();
+    }
+}
+
+// Grid: the key blocks of a head, longest first, head by head.
+__global__ void __launch_bounds__(kThreads, 2) attention_backward_keys_kernel(BackwardArguments a) {
+    const int head = a.first_head + blockIdx.x / a.blocks(), block = blockIdx.x % a.blocks();
+    backward_key_block<false>(a, head, block, shared<KeyBlockShared>(), nullptr, nullptr);
+}
+
+// ---- by query blocks: dQ in the split scheme ---------------------------------------------------------------------------
+
+struct QueryBlockShared {  // 74 KB: two blocks an SM on A100 and H100
+    Tile<kBlockRows> q, d_o;
+    struct {
+        Tile<kTileKeys> k, v;
+    } stage[2];
+    float2 stats[kBlockRows];
+    ColumnSums columns;
+};
+
+// dq += the share of 32 keys of a tile, from row `row`, the first of them `key`.
+template <int kRows>
+__device__ inline void add_dq_by_query(float (&dq)[2][8][4], const uint32_t (&q)[4][2][4], const uint32_t (&d_o)[4][2][4],
+                                       const float2 (&stats)[2][2], Tile<kRows>& k, Tile<kRows>& v, int row, int key,
+                                       int warp_query) {
+    float p[2][4][4], ds[2][4][4];
+    fill(p, 0.0f);
+    multiply_transposed(p, q, k, row);
+    if (key + kStepKeys > warp_query + 1) mask_future_keys(p, warp_query, key);
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                p[m][n][e] = ptx::ex2(fmaf(p[m][n][e], kScaleLog2, -stats[m][e / 2].x));
+                ds[m][n][e] = -stats[m][e / 2].y;
+            }
+    multiply_transposed(ds, d_o, v, row);
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) ds[m][n][e] *= p[m][n][e];
+    multiply_accumulators(dq, ds, k, row);
+}
+
+// Grid: the query blocks of a head, longest first, head by head. Writes row_stats too, for the kernel by key blocks.
+__global__ void __launch_bounds__(kThreads, 2) attention_backward_queries_kernel(BackwardArguments a) {
+    QueryBlockShared& s = shared<QueryBlockShared>();
+    const int head = a.first_head + blockIdx.x / a.blocks(), block = a.blocks() - 1 - blockIdx.x % a.blocks();
+    const int warp_row = threadIdx.x / 32 * kWarpRows, lane = threadIdx.x % 32;
+    const int block_query = block * kBlockRows, warp_query = block_query + warp_row;
+    const int end = block_query + kBlockRows < a.T ? block_query + kBlockRows : a.T;  // the keys that the block sees
+    const HeadRows<const bf16> keys = a.input(kKey, head), values = a.input(kValue, head);
+
+    load_tile(s.q, a.input(kQuery, head), block_query, a.T);
+    load_tile(s.d_o, plain_rows(a.dout, head, a.T, a.NH), block_query, a.T);
+    load_tile(s.stage[0].k, keys, 0, a.T);
+    load_tile(s.stage[0].v, values, 0, a.T);
+    ptx::cp_async_commit();
+    s.stats[threadIdx.x] = query_stats(a, head, block_query + threadIdx.x);
+    a.stats_of(head)[block_query + threadIdx.x] = s.stats[threadIdx.x];
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    uint32_t q[4][2][4], d_o[4][2][4];
+    load_warp_rows(q, s.q, warp_row);
+    load_warp_rows(d_o, s.d_o, warp_row);
+    const float2 stats[2][2] = {{s.stats[warp_row + lane / 4], s.stats[warp_row + lane / 4 + 8]},
+                                {s.stats[warp_row + lane / 4 + 16], s.stats[warp_row + lane / 4 + 24]}};
+
+    float dq[2][8][4];
+    fill(dq, 0.0f);
+    for (int key = 0, stage = 0; key < end; key += kTileKeys, stage ^= 1) {
+        if (key + kTileKeys < end) {  // its stage was free at the last barrier
+            load_tile(s.stage[stage ^ 1].k, keys, key + kTileKeys, a.T);
+            load_tile(s.stage[stage ^ 1].v, values, key + kTileKeys, a.T);
+            ptx::cp_async_commit();
+        }
+#pragma unroll 1
+        for (int row = 0; row < kTileKeys; row += kStepKeys)
+            if (key + row < warp_query + kWarpRows)
+                add_dq_by_query(dq, q, d_o, stats, s.stage[stage].k, s.stage[stage].v, row, key + row, warp_query);
+        ptx::cp_async_wait<0>();
+        __syncthreads();  // the next stage is complete, and this one is free
+    }
+    const float scale[2][2] = {{kScale, kScale}, {kScale, kScale}};
+    store_rows(a.gradient(kQuery, head), warp_query, a.T, s.q, warp_row, dq, scale);
+    store_column_sums(a.bias_row(kQuery, head, block), dq, kScale, s.columns);
+}
+
+// ---- bias --------------------------------------------------------------------------------------------------------------
+
+inline constexpr int kBiasColumns = 32, kBiasRows = 8;  // a warp reads 128 bytes of a row, eight warps eight rows at a time
+
+struct BiasShared {
+    float partial[kBiasRows][kBiasColumns];
+};
+
+// bias[c] = or += the sum over rows of partial (rows, width), width a multiple of 32. Grid: width / 32.
+__global__ void __launch_bounds__(kBiasColumns * kBiasRows)
+attention_bias_kernel(float* bias, const float* partial, int rows, int width, Write write) {
+    BiasShared& s = shared<BiasShared>();
+    const int lane = threadIdx.x % kBiasColumns, first = threadIdx.x / kBiasColumns;
+    const int column = blockIdx.x * kBiasColumns + lane;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int row = first; row < rows; row += kBiasRows) sum += partial[static_cast<size_t>(row) * width + column];
+    s.partial[first][lane] = sum;
+    __syncthreads();
+    if (first > 0) return;
+    for (int i = 1; i < kBiasRows; i++) sum += s.partial[i][lane];
+    bias[column] = write == Write::Add ? bias[column] + sum : sum;
+}
+
+// The fp32 build's partial sums: a block adds up kBlockRows rows of dqkv (B T, width). Grid: (width / 32, row blocks).
+__global__ void __launch_bounds__(kBiasColumns)
+attention_bias_partial_fp32_kernel(float* partial, const float* dqkv, size_t rows, int width) {
+    const int column = blockIdx.x * kBiasColumns + threadIdx.x;
+    const size_t first = static_cast<size_t>(blockIdx.y) * kBlockRows;
+    float sum = 0.0f;
+    for (size_t row = first; row < first + kBlockRows && row < rows; row++) sum += dqkv[row * width + column];
+    partial[static_cast<size_t>(blockIdx.y) * width + column] = sum;
+}
+
+// ---- host --------------------------------------------------------------------------------------------------------------
+
+// How many of `heads` heads are walked by `resident` blocks; the others are split. A wave of walked heads takes 5 units
+// however full it is; split, the same heads take 7 times the share of the wave that they fill.
+inline int plan_walked_heads(int heads, int resident) {
+    const int rest = heads % resident;
+    return 7 * rest > 5 * resident ? heads : heads - rest;
+}
+
+// The parts of attention_backward's scratch, in floats.
+struct BackwardScratch {
+    size_t row_stats, bias_partial, dq;
+    int resident;
+    size_t floats() const { return row_stats + bias_partial + dq; }
+
+    BackwardScratch(int B, int T, int NH, const Gpu& gpu) {
+        const size_t heads = static_cast<size_t>(B) * NH, blocks = ceil_div(T, kBlockRows);
+        resident = resident_blocks<WalkShared>(attention_backward_walk_kernel, kThreads, gpu);
+        row_stats = heads * blocks * kBlockRows * 2;
+        bias_partial = B * blocks * 3 * NH * kHeadSize;
+        dq = (heads < static_cast<size_t>(resident) ? heads : resident) * blocks * kBlockRows * kHeadSize;
+    }
+};
+
+// The two builds' versions of attention_backward below; walked_heads < 0 leaves the plan to plan_walked_heads().
+inline void backward(bf16* dqkv, float* dqkv_bias, float* scratch, const bf16* dout, const bf16* out, const bf16* qkv,
+                     const float* lse, int B, int T, int NH, Write write_bias, Gpu& gpu, int walked_heads = -1) {
+    const BackwardScratch plan(B, T, NH, gpu);
+    const int heads = B * NH, blocks = static_cast<int>(ceil_div(T, kBlockRows)), width = 3 * NH * kHeadSize;
+    float* dq = scratch;
+    float* row_stats = dq + plan.dq;
+    float* bias_partial = row_stats + plan.row_stats;
+    BackwardArguments a{dqkv, bias_partial, reinterpret_cast<float2*>(row_stats), dout, out, qkv, lse, T, NH, 0};
+    const int walked = walked_heads < 0 ? plan_walked_heads(heads, plan.resident) : walked_heads;
+    if (walked > 0) {
+        const int grid = walked < plan.resident ? walked : plan.resident;
+        launch<WalkShared>(attention_backward_walk_kernel, {grid, kThreads}, gpu, a, reinterpret_cast<float4*>(dq), walked);
+    }
+    if (walked < heads) {
+        const int64_t grid = static_cast<int64_t>(heads - walked) * blocks;
+        a.first_head = walked;
+        launch<QueryBlockShared>(attention_backward_queries_kernel, {grid, kThreads}, gpu, a);
+        launch<KeyBlockShared>(attention_backward_keys_kernel, {grid, kThreads}, gpu, a);
+    }
+    launch<BiasShared>(attention_bias_kernel, {width / kBiasColumns, kBiasColumns * kBiasRows}, gpu, dqkv_bias, bias_partial,
+                       B * blocks, width, write_bias);
+}
+
+inline void backward(float* dqkv, float* dqkv_bias, float* scratch, const float* dout, const float* out, const float* qkv,
+                     const float* lse, int B, int T, int NH, Write write_bias, Gpu& gpu) {
+    const int width = 3 * NH * kHeadSize;
+    const size_t rows = static_cast<size_t>(B) * T;
+    const int64_t blocks = ceil_div(T, kRowThreads) * B * NH;
+    const unsigned row_blocks = static_cast<unsigned>(ceil_div(rows, kBlockRows));
+    float* row_dots = scratch;
+    float* bias_partial = scratch + rows * NH;
+    launch(attention_dq_fp32_kernel, {blocks, kRowThreads}, gpu, dqkv, row_dots, dout, out, qkv, lse, T, NH);
+    launch(attention_dk_fp32_kernel, {blocks, kRowThreads}, gpu, dqkv, row_dots, dout, qkv, lse, T, NH);
+    launch(attention_dv_fp32_kernel, {blocks, kRowThreads}, gpu, dqkv, dout, qkv, lse, T, NH);
+    launch(attention_bias_partial_fp32_kernel, {dim3(width / kBiasColumns, row_blocks), dim3(kBiasColumns)}, gpu, bias_partial,
+           dqkv, rows, width);
+    launch<BiasShared>(attention_bias_kernel, {width / kBiasColumns, kBiasColumns * kBiasRows}, gpu, dqkv_bias, bias_partial,
+                       static_cast<int>(row_blocks), width, write_bias);
+}
+
+}  // namespace attention
+
+// How many floats of scratch attention_backward wants for these shapes, in either precision.
+inline size_t attention_backward_scratch_floats(int B, int T, int NH, const Gpu& gpu) {
+    return attention::BackwardScratch(B, T, NH, gpu).floats();
+}
+
+// dqkv = the gradient of attention_forward's qkv; dqkv_bias = or += its column sums, taken before dqkv is rounded.
+//   dqkv (B, T, 3, NH, 64) and dqkv_bias (3 NH 64) written, scratch (attention_backward_scratch_floats, 16-byte aligned)
+//   overwritten, dout and out (B, T, NH 64), qkv (B, T, 3, NH, 64) and lse (B, NH, T) read; no aliasing. Any B, T, NH >= 1.
+//   Async on gpu.stream, deterministic.
+inline void attention_backward(floatX* dqkv, float* dqkv_bias, float* scratch, const floatX* dout, const floatX* out,
+                               const floatX* qkv, const float* lse, int B, int T, int NH, Write write_bias, Gpu& gpu) {
+    attention::backward(dqkv, dqkv_bias, scratch, dout, out, qkv, lse, B, T, NH, write_bias, gpu);
+}

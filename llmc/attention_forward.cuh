@@ -1,0 +1,161 @@
+// Causal self-attention, forward, head size 64. For each sequence and head, with queries Q, keys K, values V (T, 64):
+//
+//     S = Q K^T / 8,  key j <= query i only      P = softmax(S) by rows      O = P V      L_i = log2 sum_j 2^(S_ij log2 e)
+//
+// O (B, T, NH, 64) goes on to the projection; L (B, NH, T), in log2 units, is all that backward needs to make P again.
+// S and P exist only in registers, 128 x 64 at a time (Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2").
+//
+// A block owns 128 queries of a head and walks the keys from the first to the diagonal, 64 at a time:
+//
+//               keys 0   64  128  192  256 ...        Q is read once, into registers. K and V tiles come by cp.async into
+//     queries  0  [ m  | m ]                          two stages, the next one while this one is used: one barrier a tile.
+//     queries 128 [    |   | m  | m ]                 m: the tile crosses the diagonal and is masked, the others aren't;
+//     queries 256 [    |   |    |    | m ...          a warp skips tiles that lie after its last query.
+//
+// Softmax is the online one: a running maximum and sum for each row, the sums rescaled when the maximum grows.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <ptx.cuh>
+#include "llmc/attention_fp32.cuh"  // attention_forward_fp32_kernel
+#include "llmc/attention_tile.cuh"
+#include "llmc/launch.cuh"
+
+namespace attention {
+
+inline constexpr int kQueries = kBlockRows;  // fewer would read K and V more often: 128 queries a K/V tile keep L2 below its limit
+inline constexpr int kKeys = 64;             // scores of 32 x 64 a warp are 64 registers a thread; 128 keys would spill
+
+struct ForwardShared {  // 48 KB: two blocks an SM on every GPU from sm_80
+    Tile<kQueries> q;   // at the end the rows of O on their way out
+    struct {
+        Tile<kKeys> k, v;
+    } stage[2];
+};
+
+// Scores -> probabilities relative to 2^reference, in place; o and sum (this lane's share of the row sums) follow the
+// reference. A row's reference moves to its true maximum only when that has outgrown it by 2^8: P stays below 256, where
+// bf16 and the fp32 sums are as good as below 1, and after the first tiles hardly a warp rescales (FlashAttention-4 does the
+// same). Each row decides for itself, so that its bits don't depend on its neighbours. All is finite: the first tile holds
+// key 0, which every query sees.
+template <int kTiles>
+__device__ inline void softmax_step(float (&scores)[2][kTiles][4], float (&o)[2][8][4], float (&reference)[2][2],
+                                    float (&sum)[2][2]) {
+    constexpr float kGrowth = 8.0f;
+    float top[2][2];
+    bool grew = false;
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float x = -INFINITY;
+#pragma unroll
+            for (int n = 0; n < kTiles; n++) x = fmaxf(x, fmaxf(scores[m][n][2 * j], scores[m][n][2 * j + 1]));
+            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));  // the four lanes of a row
+            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+            top[m][j] = x * kScaleLog2;
+            grew = grew || top[m][j] > reference[m][j] + kGrowth;
+        }
+    if (__any_sync(0xffffffffu, grew)) {
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const float next = top[m][j] > reference[m][j] + kGrowth ? top[m][j] : reference[m][j];
+                const float correction = ptx::ex2(reference[m][j] - next);  // 0 on the first tile: 2^-inf; else often 1
+                reference[m][j] = next;
+                sum[m][j] *= correction;
+#pragma unroll
+                for (int n = 0; n < 8; n++) o[m][n][2 * j] *= correction, o[m][n][2 * j + 1] *= correction;
+            }
+    }
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int n = 0; n < kTiles; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                scores[m][n][e] = ptx::ex2(fmaf(scores[m][n][e], kScaleLog2, -reference[m][e / 2]));
+                sum[m][e / 2] += scores[m][n][e];
+            }
+}
+
+// Grid: the query blocks of a head, longest first, head by head, so that the blocks that run together share K and V in L2.
+__global__ void __launch_bounds__(kThreads, 2)
+attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH) {
+    ForwardShared& s = shared<ForwardShared>();
+    const int blocks = (T + kQueries - 1) / kQueries;
+    const int head = blockIdx.x / blocks, block = blocks - 1 - blockIdx.x % blocks;
+    const int warp_row = threadIdx.x / 32 * kWarpRows, lane = threadIdx.x % 32;
+    const int block_query = block * kQueries, warp_query = block_query + warp_row;
+    const int end = block_query + kQueries < T ? block_query + kQueries : T;  // the keys that the block sees
+    const HeadRows<const bf16> keys = packed_rows(qkv, kKey, head, T, NH), values = packed_rows(qkv, kValue, head, T, NH);
+
+    load_tile(s.q, packed_rows(qkv, kQuery, head, T, NH), block_query, T);
+    load_tile(s.stage[0].k, keys, 0, T);
+    load_tile(s.stage[0].v, values, 0, T);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    uint32_t q[4][2][4];
+    load_warp_rows(q, s.q, warp_row);
+
+    float o[2][8][4], reference[2][2], sum[2][2];
+    fill(o, 0.0f);
+#pragma unroll
+    for (int i = 0; i < 4; i++) reference[i / 2][i % 2] = -INFINITY, sum[i / 2][i % 2] = 0.0f;
+
+    for (int key = 0, stage = 0; key < end; key += kKeys, stage ^= 1) {
+        if (key + kKeys < end) {  // its stage was free at the last barrier
+            load_tile(s.stage[stage ^ 1].k, keys, key + kKeys, T);
+            load_tile(s.stage[stage ^ 1].v, values, key + kKeys, T);
+            ptx::cp_async_commit();
+        }
+        if (key < warp_query + kWarpRows) {
+            float scores[2][kKeys / 8][4];
+            fill(scores, 0.0f);
+            multiply_transposed(scores, q, s.stage[stage].k, 0);
+            if (key + kKeys > warp_query + 1) mask_future_keys(scores, warp_query, key);
+            softmax_step(scores, o, reference, sum);
+            multiply_accumulators(o, scores, s.stage[stage].v, 0);
+        }
+        ptx::cp_async_wait<0>();
+        __syncthreads();  // the next stage is complete, and this one is free
+    }
+
+    float inverse[2][2];
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float total = sum[m][j];
+            total += __shfl_xor_sync(0xffffffffu, total, 1);
+            total += __shfl_xor_sync(0xffffffffu, total, 2);
+            inverse[m][j] = 1.0f / total;
+            const int query = warp_query + 16 * m + 8 * j + lane / 4;
+            if (query < T && lane % 4 == 0) lse[static_cast<size_t>(head) * T + query] = reference[m][j] + log2f(total);
+        }
+    store_rows(plain_rows(out, head, T, NH), warp_query, T, s.q, warp_row, o, inverse);
+}
+
+// The two builds' versions of attention_forward below; the tests call both.
+inline void forward(bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, Gpu& gpu) {
+    const int64_t blocks = ceil_div(T, kQueries) * B * NH;
+    launch<ForwardShared>(attention_forward_kernel, {blocks, kThreads}, gpu, out, lse, qkv, T, NH);
+}
+inline void forward(float* out, float* lse, const float* qkv, int B, int T, int NH, Gpu& gpu) {
+    const int64_t blocks = ceil_div(T, kRowThreads) * B * NH;
+    launch(attention_forward_fp32_kernel, {blocks, kRowThreads}, gpu, out, lse, qkv, T, NH);
+}
+
+}  // namespace attention
+
+// out = causal attention of qkv, lse = log2 of the softmax denominators of the scores in log2 units (see the head of the
+// file; attention_backward wants both).
+//   out (B, T, NH 64) and lse (B, NH, T) written, qkv (B, T, 3, NH, 64) read; no aliasing. Any B, T, NH >= 1 with fewer than
+//   2^31 blocks of 128 queries. Async on gpu.stream, deterministic. Scores may be as large as fp32 holds.
+inline void attention_forward(floatX* out, float* lse, const floatX* qkv, int B, int T, int NH, Gpu& gpu) {
+    attention::forward(out, lse, qkv, B, T, NH, gpu);
+}

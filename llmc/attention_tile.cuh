@@ -1,0 +1,237 @@
+// What the attention kernels of the bf16 build share: tiles of a head in shared memory, the operands of the tensor-core
+// products, and the way back to global memory.
+//
+// The packed tensor qkv (B, T, 3, NH, 64) is used as the matmul leaves it. A row of a head is 64 bf16 = 128 bytes = eight
+// 16-byte chunks = each of the 32 banks once; consecutive rows of a head lie 3 NH 64 elements apart.
+//
+// A tile keeps row r's chunk c at place c ^ (r % 8) of row r. One swizzle serves all accesses, each without a bank
+// conflict: cp.async writes a row's eight chunks; ldmatrix, transposed or not, reads one chunk of eight consecutive rows;
+// accumulators write 4 bytes a lane into one chunk of eight rows. It is also what TMA calls SWIZZLE_128B.
+//
+//     place      0  1  2  3  4  5  6  7
+//     row 0      0  1  2  3  4  5  6  7      chunk c holds elements 8 c .. 8 c + 7
+//     row 1      1  0  3  2  5  4  7  6
+//     row 2      2  3  0  1  6  7  4  5
+//     ...
+//     row 7      7  6  5  4  3  2  1  0
+//
+// Products are mma.m16n8k16: a warp owns 32 rows (two 16-row operands), since with 16 each fragment of the right operand
+// read from shared memory would feed half as many products, and shared memory would be the bound. In an accumulator
+// c[m][n][4] lane l = 4 g + t holds rows 16 m + g (elements 0, 1) and 16 m + g + 8 (2, 3), columns 8 n + 2 t and the next.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <ptx.cuh>
+
+namespace attention {
+
+using bf16 = __nv_bfloat16;
+
+inline constexpr int kHeadSize = 64;
+inline constexpr float kScale = 0.125f;           // 1 / sqrt(64), exact
+inline constexpr float kScaleLog2 = 0.18033688f;  // kScale log2(e): exp(kScale x) = 2^(kScaleLog2 x)
+
+inline constexpr int kWarps = 4;  // 2 blocks an SM at up to 255 registers a thread: 8 warps hide each other's latencies
+inline constexpr int kThreads = 32 * kWarps;
+inline constexpr int kWarpRows = 32;                  // rows of a product that a warp owns
+inline constexpr int kBlockRows = kWarps * kWarpRows;  // queries or keys that a block owns
+
+enum Which { kQuery = 0, kKey = 1, kValue = 2 };
+
+// The rows t = 0 .. T-1 of one head in a packed or plain tensor.
+template <class E>
+struct HeadRows {
+    E* first;
+    size_t stride;  // elements from row to row
+    __device__ E* row(int t) const { return first + static_cast<size_t>(t) * stride; }
+};
+
+// Head `head` = b NH + h of a (B, T, 3, NH, 64) tensor, its queries, keys or values.
+template <class E>
+__device__ inline HeadRows<E> packed_rows(E* qkv, Which which, int head, int T, int NH) {
+    const size_t width = static_cast<size_t>(NH) * kHeadSize, b = head / NH, h = head % NH;
+    return {qkv + (b * T * 3 + which) * width + h * kHeadSize, 3 * width};
+}
+
+// The same head of a (B, T, NH, 64) tensor.
+template <class E>
+__device__ inline HeadRows<E> plain_rows(E* x, int head, int T, int NH) {
+    const size_t width = static_cast<size_t>(NH) * kHeadSize, b = head / NH, h = head % NH;
+    return {x + b * T * width + h * kHeadSize, width};
+}
+
+// kRows rows of a head, swizzled.
+template <int kRows>
+struct Tile {
+    alignas(128) unsigned char bytes[kRows * kHeadSize * sizeof(bf16)];
+
+    __device__ unsigned char* chunk(int row, int index) { return bytes + row * 128 + ((index ^ (row & 7)) << 4); }
+};
+
+// Starts the block's copies of rows first .. first + kRows - 1; rows from T on become zeros. Needs a commit.
+template <int kRows>
+__device__ inline void load_tile(Tile<kRows>& tile, const HeadRows<const bf16>& head, int first, int T) {
+    static_assert(kRows * 8 % kThreads == 0);
+    const int chunk = threadIdx.x % 8, lead = threadIdx.x / 8;
+    const bf16* source = head.row(first) + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < kRows * 8 / kThreads; i++) {
+        const int row = lead + i * (kThreads / 8);
+        const bool valid = first + row < T;  // no address beyond the tensor is formed
+        ptx::cp_async_16_zfill(tile.chunk(row, chunk), valid ? source + row * head.stride : head.first, valid);
+    }
+}
+
+// a = the 16 x 16 block at (row, column) of a tile, as the left operand.
+template <int kRows>
+__device__ inline void load_left(uint32_t (&a)[4], Tile<kRows>& tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    ptx::ldmatrix_x4(a, tile.chunk(row + lane % 16, column / 8 + lane / 16));
+}
+
+// a = the transpose of the 16 x 16 block at (row, column) of a tile, as the left operand.
+template <int kRows>
+__device__ inline void load_left_transposed(uint32_t (&a)[4], Tile<kRows>& tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    ptx::ldmatrix_x4_trans(a, tile.chunk(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+}
+
+// b = the 16 x 16 block at (row, column) of a tile, as the right operand: b[0], b[1] are its columns 0 .. 7, b[2], b[3]
+// its columns 8 .. 15.
+template <int kRows>
+__device__ inline void load_right(uint32_t (&b)[4], Tile<kRows>& tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    ptx::ldmatrix_x4_trans(b, tile.chunk(row + lane % 16, column / 8 + lane / 16));
+}
+
+// b = the transpose of the 16 x 16 block at (row, column) of a tile, as the right operand.
+template <int kRows>
+__device__ inline void load_right_transposed(uint32_t (&b)[4], Tile<kRows>& tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    ptx::ldmatrix_x4(b, tile.chunk(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+}
+
+// A warp's 32 rows of a tile, from `row`, as the left operand of products over the head size: 32 registers.
+template <int kRows>
+__device__ inline void load_warp_rows(uint32_t (&a)[4][2][4], Tile<kRows>& tile, int row) {
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+#pragma unroll
+        for (int m = 0; m < 2; m++) load_left(a[k][m], tile, row + 16 * m, 16 * k);
+}
+
+// c (32, 16) += a (32, 16) b (16, 16); columns 8 n .. 8 n + 15 of c, n even.
+template <int kTiles>
+__device__ inline void multiply(float (&c)[2][kTiles][4], int n, const uint32_t (&a)[2][4], const uint32_t (&b)[4]) {
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+        ptx::mma_m16n8k16(c[m][n], a[m], b[0], b[1]);
+        ptx::mma_m16n8k16(c[m][n + 1], a[m], b[2], b[3]);
+    }
+}
+
+// c (32, 8 kTiles) += left (32, 64) times the transpose of rows right_row .. right_row + 8 kTiles - 1 of `right`.
+template <int kTiles, int kRows>
+__device__ inline void multiply_transposed(float (&c)[2][kTiles][4], const uint32_t (&left)[4][2][4], Tile<kRows>& right,
+                                           int right_row) {
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+#pragma unroll
+        for (int n = 0; n < kTiles; n += 2) {
+            uint32_t b[4];
+            load_right_transposed(b, right, right_row + 8 * n, 16 * k);
+            multiply(c, n, left[k], b);
+        }
+}
+
+// The same with the left operand, 32 rows from left_row, read from a tile: 8 registers at a time.
+template <int kTiles, int kLeftRows, int kRightRows>
+__device__ inline void multiply_transposed(float (&c)[2][kTiles][4], Tile<kLeftRows>& left, int left_row,
+                                           Tile<kRightRows>& right, int right_row) {
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        uint32_t a[2][4];
+        load_left(a[0], left, left_row, 16 * k);
+        load_left(a[1], left, left_row + 16, 16 * k);
+#pragma unroll
+        for (int n = 0; n < kTiles; n += 2) {
+            uint32_t b[4];
+            load_right_transposed(b, right, right_row + 8 * n, 16 * k);
+            multiply(c, n, a, b);
+        }
+    }
+}
+
+// c (32, 64) += left (32, 8 kTiles), rounded to bf16, times rows right_row .. right_row + 8 kTiles - 1 of `right`. The
+// accumulators of a product have the layout of a left operand, so that probabilities never leave the registers.
+template <int kTiles, int kRows>
+__device__ inline void multiply_accumulators(float (&c)[2][8][4], const float (&left)[2][kTiles][4], Tile<kRows>& right,
+                                             int right_row) {
+#pragma unroll
+    for (int k = 0; k < kTiles / 2; k++) {
+        uint32_t a[2][4];
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                a[m][i] = ptx::pack_bf16(left[m][2 * k + i / 2][i % 2 * 2], left[m][2 * k + i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+        for (int n = 0; n < 8; n += 2) {
+            uint32_t b[4];
+            load_right(b, right, right_row + 16 * k, 8 * n);
+            multiply(c, n, a, b);
+        }
+    }
+}
+
+template <int kTiles>
+__device__ inline void fill(float (&c)[2][kTiles][4], float value) {
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int n = 0; n < kTiles; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) c[m][n][e] = value;
+}
+
+// Scores (queries, keys) with the key after the query become -inf; first_query and first_key belong to row and column 0.
+template <int kTiles>
+__device__ inline void mask_future_keys(float (&scores)[2][kTiles][4], int first_query, int first_key) {
+    const int lane = threadIdx.x % 32, query = first_query + lane / 4, key = first_key + lane % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int n = 0; n < kTiles; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (key + 8 * n + e % 2 > query + 16 * m + e / 2 * 8) scores[m][n][e] = -INFINITY;
+}
+
+// Writes the warp's rows first .. first + 31 of a head, those below T: the accumulators times factor[m][j], j = 0 for row
+// g and 1 for row g + 8, rounded to bf16. They pass through rows row .. row + 31 of `staging`, which must be the warp's
+// own by then, so that global memory sees whole 128-byte rows.
+template <int kRows>
+__device__ inline void store_rows(const HeadRows<bf16>& head, int first, int T, Tile<kRows>& staging, int row,
+                                  const float (&c)[2][8][4], const float (&factor)[2][2]) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                *reinterpret_cast<uint32_t*>(staging.chunk(row + 16 * m + 8 * j + g, n) + 4 * t) =
+                    ptx::pack_bf16(c[m][n][2 * j] * factor[m][j], c[m][n][2 * j + 1] * factor[m][j]);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int r = 4 * i + lane / 8;
+        if (first + r < T)
+            *reinterpret_cast<uint4*>(head.row(first + r) + lane % 8 * 8) =
+                *reinterpret_cast<const uint4*>(staging.chunk(row + r, lane % 8));
+    }
+}
+
+}  // namespace attention

@@ -1,0 +1,95 @@
+// Every PTX instruction that a kernel uses, as a named function: the GPU's side.
+//
+// dev/sim/ptx.cuh has the same names with CPU bodies, so kernels include <ptx.cuh> and the include path decides.
+// All words take generic pointers; the conversion to 32-bit shared addresses stays in here. dev/kernels/ptx.cu
+// tests each word alone against the index formulas of the PTX ISA, on a GPU and in the simulator.
+//
+// Source: PTX ISA 8.x, the sections named at each word. Everything here is sm_80 and up.
+#pragma once
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+namespace ptx {
+
+// The block's dynamic shared memory; kernels go through shared<T>() of launch.cuh. Aligned to 1024 bytes at the base
+// of the window, which the 128-byte swizzles of cp.async tiles and TMA need.
+__device__ inline unsigned char* dynamic_shared() {
+    extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
+    return dynamic_shared_memory;
+}
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 2^x; relative error 2^-22.5, subnormal results flushed to zero. (ex2.approx.ftz.f32)
+__device__ inline float ex2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Asynchronous copy of 16 bytes from global to shared memory, both 16-byte aligned, past L1. (cp.async.cg)
+// The bytes are there, for this thread, after the cp_async_wait that covers their group; for others after a barrier too.
+__device__ inline void cp_async_16(void* shared_dst, const void* global_src) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared_dst)), "l"(global_src)
+                 : "memory");
+}
+
+// As cp_async_16; writes 16 zero bytes, and does not read the source, where valid is false.
+__device__ inline void cp_async_16_zfill(void* shared_dst, const void* global_src, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared_dst)), "l"(global_src),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+// Closes the group of this thread's copies since the last commit. (cp.async.commit_group)
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most N of this thread's newest groups are still under way. (cp.async.wait_group)
+template <int N>
+__device__ inline void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements from shared memory; lane l gives the address of row l % 8 of matrix l / 8
+// (16 bytes, aligned). r[i] of lane l holds elements (l / 4, 2 (l % 4)) and the next of matrix i. (ldmatrix .x4)
+__device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(shared_row))
+                 : "memory");
+}
+
+// As ldmatrix_x4, each 8x8 matrix transposed: r[i] of lane l holds elements (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4).
+__device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(shared_row))
+                 : "memory");
+}
+
+// d (16, 8) += a (16, 16) b (16, 8), bf16 operands, fp32 sums. With g = lane / 4, t = lane % 4:
+// a[0..3] hold rows g, g + 8, g, g + 8 at columns 2t (+1), 2t, 2t + 8, 2t + 8; b0, b1 hold rows 2t (+1), 2t + 8 of column g;
+// d[0..3] are (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). (mma.sync.aligned.m16n8k16)
+__device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two floats rounded to nearest even bf16, lo in the lower half. (cvt.rn.bf16x2.f32)
+__device__ inline uint32_t pack_bf16(float lo, float hi) {
+    uint32_t packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+    return packed;
+}
+
+// A barrier of the first `threads` threads that name it, a multiple of 32; id 1 .. 15 (0 is __syncthreads). (bar.sync)
+__device__ inline void barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+}  // namespace ptx
