@@ -1,0 +1,150 @@
+# make demo    both optimizers learn a small real text, side by side; ends in a table and a picture
+# make test    every test that this machine can run
+# make help    all targets and variables
+#
+# Three axes choose a program, and variants lie side by side in build/DEVICE-PRECISION-OPTIMIZER/:
+#   DEVICE=gpu|sim   PRECISION=bf16|fp32   OPTIMIZER=adamw|sgd_sai
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# ---- what this machine has -------------------------------------------------------------------------------------------
+
+NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+GPU_CAPABILITY := $(if $(NVCC),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .))
+ifeq ($(NVCC),)
+  DEVICE ?= sim
+  DEVICE_REASON := no nvcc was found, so programs are built for the simulator (DEVICE=sim)
+else ifeq ($(filter 8% 9% 1%,$(GPU_CAPABILITY)),)
+  DEVICE ?= sim
+  DEVICE_REASON := nvcc is here but no GPU of compute capability 8.0 or newer, so programs are built for the simulator (DEVICE=sim)
+else
+  DEVICE ?= gpu
+  DEVICE_REASON := a GPU of compute capability $(GPU_CAPABILITY) is here, so programs are built for it (DEVICE=gpu)
+endif
+PRECISION ?= bf16
+OPTIMIZER ?= adamw
+
+# Hopper's own instructions need the a in 90a; without a GPU, code for the A100 and for Hopper is built.
+GPU_ARCH ?= $(if $(GPU_CAPABILITY),$(patsubst 90,90a,$(GPU_CAPABILITY)),80 90a)
+
+# CHECK=memory|race|shuffle builds and runs the simulator's checks (dev/sim/README.md).
+CHECK ?=
+SUFFIX := $(if $(CHECK),-$(CHECK))
+CHECK_FLAGS_memory := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
+CHECK_FLAGS_race := -fsanitize=thread -g1
+CHECK_LINK_memory := -fsanitize=address,undefined
+CHECK_FLAGS := $(CHECK_FLAGS_$(CHECK))
+CHECK_LINK := $(CHECK_LINK_$(CHECK))
+
+# ---- compilers -------------------------------------------------------------------------------------------------------
+
+# Extra include directories, for headers that lie elsewhere (cxxopts, nlohmann-json on a node without Debian's packages).
+EXTRA_INCLUDES ?=
+WARNINGS := -Wall -Wextra
+HOST_FLAGS := -std=c++20 -O2 $(WARNINGS) -I. $(EXTRA_INCLUDES) $(CHECK_FLAGS)
+SIM_FLAGS := -std=c++20 -O2 -march=native -fno-strict-aliasing -Wno-unknown-pragmas $(WARNINGS) -Idev/sim -I. $(CHECK_FLAGS)
+SIM_LINK := $(CHECK_LINK) -rdynamic -lboost_context -lopenblas -ldl -lpthread
+GPU_FLAGS := -std=c++20 -O3 -Illmc -I. $(EXTRA_INCLUDES) -Xcompiler -Wall,-Wextra -Xptxas -v -lineinfo \
+             $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a))
+GPU_LINK := -lcublasLt
+FLAGS_bf16 := -DPRECISION_BF16
+FLAGS_fp32 := -DPRECISION_FP32
+FLAGS_adamw := -DOPTIMIZER=AdamW
+FLAGS_sgd_sai := -DOPTIMIZER=SgdSai
+
+HOST := build/host$(SUFFIX)
+LIBSIM := build/sim$(SUFFIX)/libsim.a
+KERNELS := $(basename $(notdir $(wildcard dev/kernels/*.cu)))
+HOST_TESTS := $(basename $(notdir $(wildcard dev/test/*_test.cpp)))
+
+.PHONY: help setup demo test test-long clean device train_gpt2 test_gpt2 kernels host_tests programs gpu_builds format FORCE
+
+help:
+	@sed -n '/^# make/s/^# //p' Makefile
+	@echo 'make train_gpt2 [DEVICE=gpu|sim] [PRECISION=bf16|fp32] [OPTIMIZER=adamw|sgd_sai]'
+	@echo '             one program, in build/DEVICE-PRECISION-OPTIMIZER/train_gpt2'
+	@echo 'make setup   install what is missing: Debian packages, .venv'
+	@echo 'make test-long   every test under every check of the simulator (hours on 2 cores)'
+	@echo 'make gpu_builds  every GPU program, and the check of the compiler'"'"'s report'
+	@echo 'make clean   remove build/'
+	@echo 'variables:   CHECK=memory|race|shuffle (simulator checks), GPU_ARCH="80 90a", NVCC, EXTRA_INCLUDES'
+	@echo '$(DEVICE_REASON)'
+
+setup:
+	@scripts/setup.sh
+
+device:
+	@echo '$(DEVICE_REASON)'
+	@$(if $(filter gpu,$(DEVICE)),echo 'GPU_ARCH=$(GPU_ARCH) (override: make GPU_ARCH=80)')
+
+train_gpt2 test_gpt2: device
+	@$(MAKE) --no-print-directory build/$(DEVICE)-$(PRECISION)-$(OPTIMIZER)$(SUFFIX)/$@
+
+# ---- rules -----------------------------------------------------------------------------------------------------------
+
+# The commit that a run's log names; the file changes only when the commit does.
+build/commit.cpp: FORCE
+	@mkdir -p $(@D)
+	@commit=$$(git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown); \
+	text="extern const char kBuildCommit[]; const char kBuildCommit[] = \"$$commit\";"; \
+	[ "$$(cat $@ 2>/dev/null)" = "$$text" ] || echo "$$text" > $@
+FORCE:
+
+$(HOST)/%.o: llmc/%.cpp
+	@mkdir -p $(@D)
+	g++ $(HOST_FLAGS) -MMD -MP -c $< -o $@
+$(HOST)/commit.o: build/commit.cpp
+	@mkdir -p $(@D)
+	g++ -c $< -o $@
+HOST_OBJECTS := $(HOST)/options.o $(HOST)/json.o $(HOST)/commit.o
+
+$(HOST)/test/%: dev/test/%.cpp $(HOST)/options.o $(HOST)/json.o
+	@mkdir -p $(@D)
+	g++ $(HOST_FLAGS) -MMD -MP $(filter %.cpp %.o,$^) -o $@ $(CHECK_LINK) -lgtest -lgtest_main -lpthread
+
+SIM_OBJECTS := $(patsubst dev/sim/%.cpp,build/sim$(SUFFIX)/%.o,$(wildcard dev/sim/*.cpp))
+build/sim$(SUFFIX)/%.o: dev/sim/%.cpp
+	@mkdir -p $(@D)
+	g++ $(SIM_FLAGS) -MMD -MP -c $< -o $@
+$(LIBSIM): $(SIM_OBJECTS)
+	@rm -f $@
+	ar rcs $@ $^
+
+# A program of the simulator is g++ of the same source; one of the GPU is nvcc's. $(1) precision, $(2) optimizer.
+define PROGRAM_RULES
+build/sim-$(1)-$(2)$(SUFFIX)/%_gpt2: %_gpt2.cu $(HOST_OBJECTS) $(LIBSIM)
+	@mkdir -p $$(@D)
+	g++ -x c++ $(SIM_FLAGS) $(FLAGS_$(1)) $(FLAGS_$(2)) -DBUILD_DEVICE='"sim"' -MMD -MP -MF $$@.d $$< -x none $(HOST_OBJECTS) $(LIBSIM) -o $$@ $(SIM_LINK)
+build/gpu-$(1)-$(2)/%_gpt2: %_gpt2.cu $(HOST_OBJECTS)
+	@mkdir -p $$(@D)
+	$(NVCC) $(GPU_FLAGS) $(FLAGS_$(1)) $(FLAGS_$(2)) -DBUILD_DEVICE='"gpu"' -MMD -MF $$@.d $$< $(HOST_OBJECTS) -o $$@ $(GPU_LINK) > $$@.ptxas 2>&1 || (cat $$@.ptxas; exit 1)
+	@grep -E 'warning' $$@.ptxas || true
+endef
+define KERNEL_RULES
+build/sim-$(1)$(SUFFIX)/kernels/%: dev/kernels/%.cu $(HOST)/options.o $(HOST)/json.o $(LIBSIM)
+	@mkdir -p $$(@D)
+	g++ -x c++ $(SIM_FLAGS) $(FLAGS_$(1)) -MMD -MP -MF $$@.d $$< -x none $(HOST)/options.o $(HOST)/json.o $(LIBSIM) -o $$@ $(SIM_LINK)
+build/gpu-$(1)/kernels/%: dev/kernels/%.cu $(HOST)/options.o $(HOST)/json.o
+	@mkdir -p $$(@D)
+	$(NVCC) $(GPU_FLAGS) $(FLAGS_$(1)) -MMD -MF $$@.d $$< $(HOST)/options.o $(HOST)/json.o -o $$@ $(GPU_LINK) > $$@.ptxas 2>&1 || (cat $$@.ptxas; exit 1)
+	@grep -E 'warning' $$@.ptxas || true
+endef
+$(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,$(eval $(call PROGRAM_RULES,$(p),$(o)))))
+$(foreach p,bf16 fp32,$(eval $(call KERNEL_RULES,$(p))))
+
+-include $(shell find build -name '*.d' 2>/dev/null)
+.SECONDARY:
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+PROGRAMS := $(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,build/$(DEVICE)-$(p)-$(o)$(SUFFIX)))
+programs: $(addsuffix /train_gpt2,$(PROGRAMS)) $(addsuffix /test_gpt2,$(PROGRAMS))
+kernels: $(foreach p,bf16 fp32,$(addprefix build/$(DEVICE)-$(p)$(SUFFIX)/kernels/,$(KERNELS)))
+host_tests: $(addprefix $(HOST)/test/,$(HOST_TESTS))
+GPU_PROGRAMS := $(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,build/gpu-$(p)-$(o)))
+gpu_builds:
+	@$(MAKE) --no-print-directory $(addsuffix /train_gpt2,$(GPU_PROGRAMS)) $(addsuffix /test_gpt2,$(GPU_PROGRAMS)) $(foreach p,bf16 fp32,$(addprefix build/gpu-$(p)/kernels/,$(KERNELS)))
+
+clean:
+	rm -rf build
