@@ -73,8 +73,10 @@ __device__ inline float2 query_stats(const BackwardArguments& a, int head, int q
     const bf16* o = plain_rows(a.out, head, a.T, a.NH).row(query);
     const bf16* d_o = plain_rows(a.dout, head, a.T, a.NH).row(query);
     float dot = 0.0f;
+#pragma unroll  // all sixteen loads at once
     for (int i = 0; i < kHeadSize; i += Pack128<bf16>::size) {
         const Pack128<bf16> x = load128(o + i), y = load128(d_o + i);
+#pragma unroll
         for (int k = 0; k < Pack128<bf16>::size; k++) dot = fmaf(x[k], y[k], dot);
     }
     return float2{a.lse[static_cast<size_t>(head) * a.T + query], dot};
@@ -83,17 +85,17 @@ __device__ inline float2 query_stats(const BackwardArguments& a, int head, int q
 // sums[c] = factor x the sum of column c of the accumulators of all warps. The block's threads all come; `partial` must be
 // free, and is again after the next barrier.
 __device__ inline void store_column_sums(float* sums, const float (&c)[2][8][4], float factor, ColumnSums& partial) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int thread = ptx::opaque(threadIdx.x), warp = thread / 32, lane = thread % 32;
 #pragma unroll
     for (int n = 0; n < 8; n++)
         *reinterpret_cast<float2*>(&partial[warp * 8 + lane / 4][8 * n + lane % 4 * 2]) =
             float2{(c[0][n][0] + c[0][n][2]) + (c[1][n][0] + c[1][n][2]), (c[0][n][1] + c[0][n][3]) + (c[1][n][1] + c[1][n][3])};
     __syncthreads();
-    if (threadIdx.x < kHeadSize) {
+    if (thread < kHeadSize) {
         float sum = 0.0f;
 #pragma unroll 8
-        for (int i = 0; i < kWarps * 8; i++) sum += partial[i][threadIdx.x];
-        sums[threadIdx.x] = sum * factor;
+        for (int i = 0; i < kWarps * 8; i++) sum += partial[i][thread];
+        sums[thread] = sum * factor;
     }
 }
 
@@ -104,10 +106,32 @@ struct QueryStep {
     alignas(16) float2 stats[kStepQueries];
 };
 
+// Where a head lies. It is kept in shared memory and read when something is loaded or stored: registers have no room.
+struct HeadPlace {
+    HeadRows<const bf16> q, k, v, d_o;
+    HeadRows<bf16> dq, dk, dv;
+    const float2* stats;
+    float* bias_partial;
+    int index;
+
+    __device__ void set(const BackwardArguments& a, int head) {
+        q = a.input(kQuery, head), k = a.input(kKey, head), v = a.input(kValue, head);
+        d_o = plain_rows(a.dout, head, a.T, a.NH);
+        dq = a.gradient(kQuery, head), dk = a.gradient(kKey, head), dv = a.gradient(kValue, head);
+        stats = a.stats_of(head);
+        bias_partial = a.bias_row(kQuery, head, 0);
+        index = head;
+    }
+    __device__ float* bias_row(Which which, int block, int NH) const {
+        return bias_partial + (static_cast<int64_t>(block) * 3 + which) * NH * kHeadSize;
+    }
+};
+
 struct KeyBlockShared {  // 58 KB: two blocks an SM on A100 and H100
     Tile<kBlockRows> k, v;
     QueryStep step[2];
     ColumnSums columns;
+    HeadPlace head;
 };
 
 struct WalkShared {  // 76 KB
@@ -116,12 +140,16 @@ struct WalkShared {  // 76 KB
     float dq_columns[8][kHeadSize];
 };
 
-__device__ inline void load_query_step(QueryStep& s, const BackwardArguments& a, int head, int step) {
+// Starts the block's copies of a step of 32 queries, and closes their group; beyond T the group is empty.
+__device__ inline void load_step(QueryStep& s, const HeadPlace& head, int step, int T) {
     const int query = step * kStepQueries;
-    load_tile(s.q, a.input(kQuery, head), query, a.T);
-    load_tile(s.d_o, plain_rows(a.dout, head, a.T, a.NH), query, a.T);
-    if (threadIdx.x < kStepQueries / 2)
-        ptx::cp_async_16(&s.stats[2 * threadIdx.x], a.stats_of(head) + query + 2 * threadIdx.x);
+    if (query < T) {
+        load_tile(s.q, head.q, query, T);
+        load_tile(s.d_o, head.d_o, query, T);
+        if (threadIdx.x < kStepQueries / 2)
+            ptx::cp_async_16(&s.stats[2 * threadIdx.x], head.stats + query + 2 * threadIdx.x);
+    }
+    ptx::cp_async_commit();
 }
 
 // p = P^T and ds = dS^T of the warp's 32 keys (rows) and the step's 32 queries (columns). -D is where dP's sums start.
@@ -155,15 +183,27 @@ __device__ inline void gradients_by_key(float (&p)[2][4][4], float (&ds)[2][4][4
             for (int e = 0; e < 4; e++) ds[m][n][e] *= p[m][n][e];
 }
 
+// Puts a warp's dS^T of a step, rounded, into its rows of the tile, from where all warps read it.
+__device__ inline void store_ds(Tile<kBlockRows>& tile, const float (&ds)[2][4][4], int warp_row, int step) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            *reinterpret_cast<uint32_t*>(tile.chunk(warp_row + 8 * i + lane / 4, step % 2 * 4 + n) + lane % 4 * 4) =
+                ptx::pack_bf16(ds[i / 2][n][i % 2 * 2], ds[i / 2][n][i % 2 * 2 + 1]);
+}
+
 // The walked scheme's dQ of one step: 32 queries x the 16 columns of this warp, as dq[m][n][4].
 struct StepDq {
     float dq[2][2][4];
+    int thread;  // threadIdx.x by ptx::opaque, so that no address of this phase takes a register in the others
 
     // What earlier key blocks have summed; this thread wrote it.
     __device__ void load(const float4* scratch, int step) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float4 v = scratch[(static_cast<size_t>(step) * 4 + i) * kThreads + threadIdx.x];
+            const float4 v = scratch[(static_cast<size_t>(step) * 4 + i) * kThreads + thread];
             dq[i / 2][i % 2][0] = v.x, dq[i / 2][i % 2][1] = v.y, dq[i / 2][i % 2][2] = v.z, dq[i / 2][i % 2][3] = v.w;
         }
     }
@@ -171,28 +211,26 @@ struct StepDq {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float* v = dq[i / 2][i % 2];
-            scratch[(static_cast<size_t>(step) * 4 + i) * kThreads + threadIdx.x] = float4{v[0], v[1], v[2], v[3]};
+            scratch[(static_cast<size_t>(step) * 4 + i) * kThreads + thread] = float4{v[0], v[1], v[2], v[3]};
         }
     }
     // += dS K over the block's first `keys` keys.
     __device__ void add(Tile<kBlockRows>& ds, Tile<kBlockRows>& k, int step, int keys) {
-        const int column = step % 2 * kStepQueries, warp_column = threadIdx.x / 32 * 16;
+        const int column = step % 2 * kStepQueries, warp_column = thread / 32 * 16;
 #pragma unroll 2
         for (int key = 0; key < keys; key += 16) {
             uint32_t left[2][4], right[4];
-            load_left_transposed(left[0], ds, key, column);
-            load_left_transposed(left[1], ds, key, column + 16);
+            load_left_transposed(left, ds, key, column);
             load_right(right, k, key, warp_column);
             multiply(dq, 0, left, right);
         }
     }
     // The sums are complete: out they go, and into the column sums, which the block's first step starts.
-    __device__ void finish(const BackwardArguments& a, int head, int step, float (&columns)[8][kHeadSize], bool first) const {
-        const int lane = threadIdx.x % 32, g = lane / 4;
-        const HeadRows<bf16> rows = a.gradient(kQuery, head);
+    __device__ void finish(HeadRows<bf16> rows, int T, int step, float (&columns)[8][kHeadSize], bool first) const {
+        const int lane = thread % 32, g = lane / 4;
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            const int column = threadIdx.x / 32 * 16 + 8 * n + lane % 4 * 2;
+            const int column = thread / 32 * 16 + 8 * n + lane % 4 * 2;
             float sum[2];
 #pragma unroll
             for (int e = 0; e < 2; e++) {
@@ -202,7 +240,7 @@ struct StepDq {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int query = step * kStepQueries + 8 * i + g;
-                if (query < a.T)
+                if (query < T)
                     *reinterpret_cast<uint32_t*>(rows.row(query) + column) =
                         ptx::pack_bf16(dq[i / 2][n][i % 2 * 2] * kScale, dq[i / 2][n][i % 2 * 2 + 1] * kScale);
             }
@@ -210,72 +248,62 @@ struct StepDq {
     }
 };
 
-// dK, dV of one key block and, kWalked, its share of dQ. walk and dq_scratch are null otherwise. One barrier a step: before
-// it, each warp has used the step's Q and dO and written its dS; after it, their places are refilled, and dQ is summed.
+// dK, dV of one key block of the head at s.head and, kWalked, its share of dQ; walk and dq_scratch are null otherwise. One
+// barrier a step: before it, each warp has used the step's Q and dO and written its dS, and the next step's have come; after
+// it, the step after next is sent for, and dQ is summed.
 template <bool kWalked>
-__device__ inline void backward_key_block(const BackwardArguments& a, int head, int block, KeyBlockShared& s,
-                                          WalkShared* walk, float4* dq_scratch) {
+__device__ inline void backward_key_block(const BackwardArguments& a, int block, KeyBlockShared& s, WalkShared* walk,
+                                          float4* dq_scratch) {
     constexpr int kBlockSteps = kBlockRows / kStepQueries;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_row = warp * kWarpRows;
-    const int first_key = block * kBlockRows;
-    const int first_step = block * kBlockSteps, steps = (a.T + kStepQueries - 1) / kStepQueries;
-    load_tile(s.k, a.input(kKey, head), first_key, a.T);
-    load_tile(s.v, a.input(kValue, head), first_key, a.T);
-    load_query_step(s.step[0], a, head, first_step);
-    ptx::cp_async_commit();
-    if (first_step + 1 < steps) load_query_step(s.step[1], a, head, first_step + 1);
-    ptx::cp_async_commit();
+    const int warp = threadIdx.x / 32, warp_row = warp * kWarpRows;
+    load_tile(s.k, s.head.k, block * kBlockRows, a.T);
+    load_tile(s.v, s.head.v, block * kBlockRows, a.T);
+    load_step(s.step[0], s.head, block * kBlockSteps, a.T);
+    load_step(s.step[1], s.head, block * kBlockSteps + 1, a.T);
     ptx::cp_async_wait<1>();
     __syncthreads();
 
     float dk[2][8][4], dv[2][8][4];
     fill(dk, 0.0f);
     fill(dv, 0.0f);
-    for (int step = first_step; step < steps; step++) {
-        const int past_diagonal = step - first_step;  // warp w's keys cross the diagonal in step w
-        QueryStep& q = s.step[step % 2];
+    for (int past_diagonal = 0;; past_diagonal++) {  // warp w's keys cross the diagonal in step w
+        const int step = block * kBlockSteps + past_diagonal;
+        if (step * kStepQueries >= a.T) break;
+        QueryStep& q = s.step[past_diagonal % 2];
         if (past_diagonal >= warp) {
             float p[2][4][4], ds[2][4][4];
             gradients_by_key(p, ds, s, q, warp_row, past_diagonal == warp);
-            if constexpr (kWalked) {
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-#pragma unroll
-                    for (int n = 0; n < 4; n++)
-                        *reinterpret_cast<uint32_t*>(walk->ds.chunk(warp_row + 8 * i + lane / 4, step % 2 * 4 + n) +
-                                                     lane % 4 * 4) =
-                            ptx::pack_bf16(ds[i / 2][n][i % 2 * 2], ds[i / 2][n][i % 2 * 2 + 1]);
-            }
+            if constexpr (kWalked) store_ds(walk->ds, ds, warp_row, past_diagonal);
             multiply_accumulators(dv, p, q.d_o, 0);
             multiply_accumulators(dk, ds, q.q, 0);
         }
         ptx::cp_async_wait<0>();
         __syncthreads();
-        if (step + 2 < steps) load_query_step(q, a, head, step + 2);
-        ptx::cp_async_commit();
+        load_step(q, s.head, step + 2, a.T);
         if constexpr (kWalked) {
             StepDq sum;
+            sum.thread = ptx::opaque(threadIdx.x);
             if (block > 0) sum.load(dq_scratch, step);
             else fill(sum.dq, 0.0f);
             const bool last = past_diagonal < kBlockSteps;  // of the key blocks that these queries see
             sum.add(walk->ds, s.k, step, last ? (past_diagonal + 1) * kStepQueries : kBlockRows);
-            if (last) sum.finish(a, head, step, walk->dq_columns, past_diagonal == 0);
+            if (last) sum.finish(s.head.dq, a.T, step, walk->dq_columns, past_diagonal == 0);
             else sum.store(dq_scratch, step);
         }
     }
 
     const float scale[2][2] = {{kScale, kScale}, {kScale, kScale}}, one[2][2] = {{1.0f, 1.0f}, {1.0f, 1.0f}};
-    store_column_sums(a.bias_row(kKey, head, block), dk, kScale, s.columns);  // its barrier frees K and V for what follows
+    store_column_sums(s.head.bias_row(kKey, block, a.NH), dk, kScale, s.columns);  // its barrier frees K and V for what follows
     if constexpr (kWalked)
         if (threadIdx.x < kHeadSize) {
             float sum = 0.0f;
             for (int g = 0; g < 8; g++) sum += walk->dq_columns[g][threadIdx.x];
-            a.bias_row(kQuery, head, block)[threadIdx.x] = sum * kScale;
+            s.head.bias_row(kQuery, block, a.NH)[threadIdx.x] = sum * kScale;
         }
-    store_rows(a.gradient(kKey, head), first_key + warp_row, a.T, s.k, warp_row, dk, scale);
-    store_rows(a.gradient(kValue, head), first_key + warp_row, a.T, s.v, warp_row, dv, one);
+    store_rows(s.head.dk, block * kBlockRows + warp_row, a.T, s.k, warp_row, dk, scale);
+    store_rows(s.head.dv, block * kBlockRows + warp_row, a.T, s.v, warp_row, dv, one);
     __syncthreads();
-    store_column_sums(a.bias_row(kValue, head, block), dv, 1.0f, s.columns);
+    store_column_sums(s.head.bias_row(kValue, block, a.NH), dv, 1.0f, s.columns);
 }
 
 // Grid: resident blocks, each walks the heads blockIdx.x, blockIdx.x + gridDim.x, ... below `heads`.
@@ -284,13 +312,16 @@ attention_backward_walk_kernel(BackwardArguments a, float4* dq_scratch, int head
     WalkShared& s = shared<WalkShared>();
     const int rows = a.blocks() * kBlockRows;
     float4* scratch = dq_scratch + static_cast<size_t>(blockIdx.x) * rows * (kHeadSize / 4);
-    for (int head = blockIdx.x; head < heads; head += gridDim.x) {
+    int head = blockIdx.x;
+    while (head < heads) {
+        if (threadIdx.x == 0) s.block.head.set(a, head);
         float2* stats = a.stats_of(head);
         for (int query = threadIdx.x; query < rows; query += kThreads) stats[query] = query_stats(a, head, query);
         for (int block = 0; block < a.blocks(); block++) {
-            __syncthreads();  // the statistics are there, and the last block's tiles are free
-            backward_key_block<true>(a, head, block, s.block, &s, scratch);
+            __syncthreads();  // head and statistics are there, and the last block's tiles are free
+            backward_key_block<true>(a, block, s.block, &s, scratch);
         }
+        head = s.block.head.index + gridDim.x;
         __syncthreads();
     }
 }
@@ -298,7 +329,10 @@ attention_backward_walk_kernel(BackwardArguments a, float4* dq_scratch, int head
 // Grid: the key blocks of a head, longest first, head by head.
 __global__ void __launch_bounds__(kThreads, 2) attention_backward_keys_kernel(BackwardArguments a) {
     const int head = a.first_head + blockIdx.x / a.blocks(), block = blockIdx.x % a.blocks();
-    backward_key_block<false>(a, head, block, shared<KeyBlockShared>(), nullptr, nullptr);
+    KeyBlockShared& s = shared<KeyBlockShared>();
+    if (threadIdx.x == 0) s.head.set(a, head);
+    __syncthreads();
+    backward_key_block<false>(a, block, s, nullptr, nullptr);
 }
 
 // ---- by query blocks: dQ in the split scheme ---------------------------------------------------------------------------
@@ -467,7 +501,7 @@ inline void backward(bf16* dqkv, float* dqkv_bias, float* scratch, const bf16* d
 }
 
 inline void backward(float* dqkv, float* dqkv_bias, float* scratch, const float* dout, const float* out, const float* qkv,
-                     const float* lse, int B, int T, int NH, Write write_bias, Gpu& gpu) {
+                     const float* lse, int B, int T, int NH, Write write_bias, Gpu& gpu, int /*walked_heads*/ = -1) {
     const int width = 3 * NH * kHeadSize;
     const size_t rows = static_cast<size_t>(B) * T;
     const int64_t blocks = ceil_div(T, kRowThreads) * B * NH;

@@ -40,14 +40,14 @@ struct ForwardShared {  // 48 KB: two blocks an SM on every GPU from sm_80
 // bf16 and the fp32 sums are as good as below 1, and after the first tiles hardly a warp rescales (FlashAttention-4 does the
 // same). Each row decides for itself, so that its bits don't depend on its neighbours. All is finite: the first tile holds
 // key 0, which every query sees.
-template <int kTiles>
-__device__ inline void softmax_step(float (&scores)[2][kTiles][4], float (&o)[2][8][4], float (&reference)[2][2],
-                                    float (&sum)[2][2]) {
+template <int kM, int kTiles>
+__device__ inline void softmax_step(float (&scores)[kM][kTiles][4], float (&o)[kM][8][4], float (&reference)[kM][2],
+                                    float (&sum)[kM][2]) {
     constexpr float kGrowth = 8.0f;
-    float top[2][2];
+    float top[kM][2];
     bool grew = false;
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int m = 0; m < kM; m++)
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             float x = -INFINITY;
@@ -60,7 +60,7 @@ __device__ inline void softmax_step(float (&scores)[2][kTiles][4], float (&o)[2]
         }
     if (__any_sync(0xffffffffu, grew)) {
 #pragma unroll
-        for (int m = 0; m < 2; m++)
+        for (int m = 0; m < kM; m++)
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const float next = top[m][j] > reference[m][j] + kGrowth ? top[m][j] : reference[m][j];
@@ -72,7 +72,7 @@ __device__ inline void softmax_step(float (&scores)[2][kTiles][4], float (&o)[2]
             }
     }
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int m = 0; m < kM; m++)
 #pragma unroll
         for (int n = 0; n < kTiles; n++)
 #pragma unroll
@@ -82,13 +82,31 @@ __device__ inline void softmax_step(float (&scores)[2][kTiles][4], float (&o)[2]
             }
 }
 
+// inverse = 1 / the whole row sums, and L of the warp's rows, the first of them `query`, goes to lse (T).
+template <int kM>
+__device__ inline void finish_softmax(float (&inverse)[kM][2], float* lse, int query, int T, const float (&reference)[kM][2],
+                                      const float (&sum)[kM][2]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < kM; m++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float total = sum[m][j];
+            total += __shfl_xor_sync(0xffffffffu, total, 1);
+            total += __shfl_xor_sync(0xffffffffu, total, 2);
+            inverse[m][j] = 1.0f / total;
+            const int row = query + 16 * m + 8 * j + lane / 4;
+            if (row < T && lane % 4 == 0) lse[row] = reference[m][j] + log2f(total);
+        }
+}
+
 // Grid: the query blocks of a head, longest first, head by head, so that the blocks that run together share K and V in L2.
 __global__ void __launch_bounds__(kThreads, 2)
 attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH) {
     ForwardShared& s = shared<ForwardShared>();
     const int blocks = (T + kQueries - 1) / kQueries;
     const int head = blockIdx.x / blocks, block = blocks - 1 - blockIdx.x % blocks;
-    const int warp_row = threadIdx.x / 32 * kWarpRows, lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 32 * kWarpRows;
     const int block_query = block * kQueries, warp_query = block_query + warp_row;
     const int end = block_query + kQueries < T ? block_query + kQueries : T;  // the keys that the block sees
     const HeadRows<const bf16> keys = packed_rows(qkv, kKey, head, T, NH), values = packed_rows(qkv, kValue, head, T, NH);
@@ -126,17 +144,7 @@ attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH) 
     }
 
     float inverse[2][2];
-#pragma unroll
-    for (int m = 0; m < 2; m++)
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            float total = sum[m][j];
-            total += __shfl_xor_sync(0xffffffffu, total, 1);
-            total += __shfl_xor_sync(0xffffffffu, total, 2);
-            inverse[m][j] = 1.0f / total;
-            const int query = warp_query + 16 * m + 8 * j + lane / 4;
-            if (query < T && lane % 4 == 0) lse[static_cast<size_t>(head) * T + query] = reference[m][j] + log2f(total);
-        }
+    finish_softmax(inverse, lse + static_cast<size_t>(head) * T, warp_query, T, reference, sum);
     store_rows(plain_rows(out, head, T, NH), warp_query, T, s.q, warp_row, o, inverse);
 }
 

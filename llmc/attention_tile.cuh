@@ -44,82 +44,91 @@ enum Which { kQuery = 0, kKey = 1, kValue = 2 };
 template <class E>
 struct HeadRows {
     E* first;
-    size_t stride;  // elements from row to row
-    __device__ E* row(int t) const { return first + static_cast<size_t>(t) * stride; }
+    int stride;  // elements from row to row
+    __device__ E* row(int t) const { return first + static_cast<int64_t>(t) * stride; }  // one 32 x 32 -> 64-bit multiply
 };
 
 // Head `head` = b NH + h of a (B, T, 3, NH, 64) tensor, its queries, keys or values.
 template <class E>
 __device__ inline HeadRows<E> packed_rows(E* qkv, Which which, int head, int T, int NH) {
-    const size_t width = static_cast<size_t>(NH) * kHeadSize, b = head / NH, h = head % NH;
-    return {qkv + (b * T * 3 + which) * width + h * kHeadSize, 3 * width};
+    const int width = NH * kHeadSize, b = head / NH, h = head % NH;
+    return {qkv + (static_cast<int64_t>(b) * T * 3 + which) * width + h * kHeadSize, 3 * width};
 }
 
 // The same head of a (B, T, NH, 64) tensor.
 template <class E>
 __device__ inline HeadRows<E> plain_rows(E* x, int head, int T, int NH) {
-    const size_t width = static_cast<size_t>(NH) * kHeadSize, b = head / NH, h = head % NH;
-    return {x + b * T * width + h * kHeadSize, width};
+    const int width = NH * kHeadSize, b = head / NH, h = head % NH;
+    return {x + static_cast<int64_t>(b) * T * width + h * kHeadSize, width};
 }
 
 // kRows rows of a head, swizzled.
+inline constexpr int kRowBytes = kHeadSize * sizeof(bf16), kChunkBytes = 16;
 template <int kRows>
 struct Tile {
-    alignas(128) unsigned char bytes[kRows * kHeadSize * sizeof(bf16)];
+    alignas(kRowBytes) unsigned char bytes[kRows * kRowBytes];
 
-    __device__ unsigned char* chunk(int row, int index) { return bytes + row * 128 + ((index ^ (row & 7)) << 4); }
+    __device__ unsigned char* chunk(int row, int index) { return bytes + row * kRowBytes + (index ^ row % 8) * kChunkBytes; }
 };
 
 // Starts the block's copies of rows first .. first + kRows - 1; rows from T on become zeros. Needs a commit.
-template <int kRows>
-__device__ inline void load_tile(Tile<kRows>& tile, const HeadRows<const bf16>& head, int first, int T) {
-    static_assert(kRows * 8 % kThreads == 0);
-    const int chunk = threadIdx.x % 8, lead = threadIdx.x / 8;
-    const bf16* source = head.row(first) + chunk * 8;
+template <int kBlockThreads = kThreads, int kRows>
+__device__ inline void load_tile(Tile<kRows>& tile, HeadRows<const bf16> head, int first, int T) {
+    static_assert(kRows * 8 % kBlockThreads == 0);
+    const int thread = ptx::opaque(threadIdx.x), chunk = thread % 8, lead = thread / 8;
 #pragma unroll
-    for (int i = 0; i < kRows * 8 / kThreads; i++) {
-        const int row = lead + i * (kThreads / 8);
-        const bool valid = first + row < T;  // no address beyond the tensor is formed
-        ptx::cp_async_16_zfill(tile.chunk(row, chunk), valid ? source + row * head.stride : head.first, valid);
+    for (int i = 0; i < kRows * 8 / kBlockThreads; i++) {
+        const int row = lead + i * (kBlockThreads / 8);
+        ptx::cp_async_16_zfill(tile.chunk(row, chunk), head.row(first + row) + chunk * 8, first + row < T);
     }
 }
 
-// a = the 16 x 16 block at (row, column) of a tile, as the left operand.
+// A 16 x 16 block at (row, column) of a tile, multiples of 16, comes by one ldmatrix as four 8 x 8 matrices, down first or
+// across first. An operand's registers must be neighbours, so that each operand has one order that needs no moves. Lane l
+// gives the address of row l % 8 of matrix l / 8; row is added last, since it is mostly a constant of the instruction.
+//
+//     down  | r[0]  r[2] |      across  | r[0]  r[1] |
+//           | r[1]  r[3] |              | r[2]  r[3] |
 template <int kRows>
-__device__ inline void load_left(uint32_t (&a)[4], Tile<kRows>& tile, int row, int column) {
+__device__ inline const unsigned char* block_down(Tile<kRows>& tile, int row, int column) {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4(a, tile.chunk(row + lane % 16, column / 8 + lane / 16));
+    return tile.chunk(lane % 16, column / 8 + lane / 16) + row * kRowBytes;
+}
+template <int kRows>
+__device__ inline const unsigned char* block_across(Tile<kRows>& tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    return tile.chunk(lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2) + row * kRowBytes;
 }
 
-// a = the transpose of the 16 x 16 block at (row, column) of a tile, as the left operand.
+// a = 32 rows of 16 columns as the left operand.
 template <int kRows>
-__device__ inline void load_left_transposed(uint32_t (&a)[4], Tile<kRows>& tile, int row, int column) {
-    const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4_trans(a, tile.chunk(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+__device__ inline void load_left(uint32_t (&a)[2][4], Tile<kRows>& tile, int row, int column) {
+    const unsigned char* block = block_down(tile, row, column);
+    ptx::ldmatrix_x4(a[0], block);
+    ptx::ldmatrix_x4(a[1], block + 16 * kRowBytes);
 }
-
-// b = the 16 x 16 block at (row, column) of a tile, as the right operand: b[0], b[1] are its columns 0 .. 7, b[2], b[3]
-// its columns 8 .. 15.
+// a = the transpose of 16 rows of 32 columns as the left operand.
+template <int kRows>
+__device__ inline void load_left_transposed(uint32_t (&a)[2][4], Tile<kRows>& tile, int row, int column) {
+    ptx::ldmatrix_x4_trans(a[0], block_across(tile, row, column));
+    ptx::ldmatrix_x4_trans(a[1], block_across(tile, row, column + 16));
+}
+// b = a block as the right operand: b[0], b[1] are its columns 0 .. 7, b[2], b[3] its columns 8 .. 15.
 template <int kRows>
 __device__ inline void load_right(uint32_t (&b)[4], Tile<kRows>& tile, int row, int column) {
-    const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4_trans(b, tile.chunk(row + lane % 16, column / 8 + lane / 16));
+    ptx::ldmatrix_x4_trans(b, block_down(tile, row, column));
 }
-
-// b = the transpose of the 16 x 16 block at (row, column) of a tile, as the right operand.
+// b = a block's transpose as the right operand.
 template <int kRows>
 __device__ inline void load_right_transposed(uint32_t (&b)[4], Tile<kRows>& tile, int row, int column) {
-    const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4(b, tile.chunk(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+    ptx::ldmatrix_x4(b, block_across(tile, row, column));
 }
 
 // A warp's 32 rows of a tile, from `row`, as the left operand of products over the head size: 32 registers.
 template <int kRows>
 __device__ inline void load_warp_rows(uint32_t (&a)[4][2][4], Tile<kRows>& tile, int row) {
 #pragma unroll
-    for (int k = 0; k < 4; k++)
-#pragma unroll
-        for (int m = 0; m < 2; m++) load_left(a[k][m], tile, row + 16 * m, 16 * k);
+    for (int k = 0; k < 4; k++) load_left(a[k], tile, row, 16 * k);
 }
 
 // c (32, 16) += a (32, 16) b (16, 16); columns 8 n .. 8 n + 15 of c, n even.
@@ -153,8 +162,7 @@ __device__ inline void multiply_transposed(float (&c)[2][kTiles][4], Tile<kLeftR
 #pragma unroll
     for (int k = 0; k < 4; k++) {
         uint32_t a[2][4];
-        load_left(a[0], left, left_row, 16 * k);
-        load_left(a[1], left, left_row + 16, 16 * k);
+        load_left(a, left, left_row, 16 * k);
 #pragma unroll
         for (int n = 0; n < kTiles; n += 2) {
             uint32_t b[4];
@@ -186,10 +194,10 @@ __device__ inline void multiply_accumulators(float (&c)[2][8][4], const float (&
     }
 }
 
-template <int kTiles>
-__device__ inline void fill(float (&c)[2][kTiles][4], float value) {
+template <int kM, int kTiles>
+__device__ inline void fill(float (&c)[kM][kTiles][4], float value) {
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int m = 0; m < kM; m++)
 #pragma unroll
         for (int n = 0; n < kTiles; n++)
 #pragma unroll
@@ -197,11 +205,11 @@ __device__ inline void fill(float (&c)[2][kTiles][4], float value) {
 }
 
 // Scores (queries, keys) with the key after the query become -inf; first_query and first_key belong to row and column 0.
-template <int kTiles>
-__device__ inline void mask_future_keys(float (&scores)[2][kTiles][4], int first_query, int first_key) {
+template <int kM, int kTiles>
+__device__ inline void mask_future_keys(float (&scores)[kM][kTiles][4], int first_query, int first_key) {
     const int lane = threadIdx.x % 32, query = first_query + lane / 4, key = first_key + lane % 4 * 2;
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int m = 0; m < kM; m++)
 #pragma unroll
         for (int n = 0; n < kTiles; n++)
 #pragma unroll
@@ -209,15 +217,15 @@ __device__ inline void mask_future_keys(float (&scores)[2][kTiles][4], int first
                 if (key + 8 * n + e % 2 > query + 16 * m + e / 2 * 8) scores[m][n][e] = -INFINITY;
 }
 
-// Writes the warp's rows first .. first + 31 of a head, those below T: the accumulators times factor[m][j], j = 0 for row
-// g and 1 for row g + 8, rounded to bf16. They pass through rows row .. row + 31 of `staging`, which must be the warp's
+// Writes the warp's rows first .. first + 16 kM - 1 of a head, those below T: the accumulators times factor[m][j], j = 0 for row
+// g and 1 for row g + 8, rounded to bf16. They pass through as many rows of `staging` from `row` on, which must be the warp's
 // own by then, so that global memory sees whole 128-byte rows.
-template <int kRows>
-__device__ inline void store_rows(const HeadRows<bf16>& head, int first, int T, Tile<kRows>& staging, int row,
-                                  const float (&c)[2][8][4], const float (&factor)[2][2]) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+template <int kM, int kRows>
+__device__ inline void store_rows(HeadRows<bf16> head, int first, int T, Tile<kRows>& staging, int row,
+                                  const float (&c)[kM][8][4], const float (&factor)[kM][2]) {
+    const int lane = ptx::opaque(threadIdx.x % 32), g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int m = 0; m < kM; m++)
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -226,7 +234,7 @@ __device__ inline void store_rows(const HeadRows<bf16>& head, int first, int T, 
                     ptx::pack_bf16(c[m][n][2 * j] * factor[m][j], c[m][n][2 * j + 1] * factor[m][j]);
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 4 * kM; i++) {
         const int r = 4 * i + lane / 8;
         if (first + r < T)
             *reinterpret_cast<uint4*>(head.row(first + r) + lane % 8 * 8) =

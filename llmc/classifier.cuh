@@ -7,7 +7,7 @@
 // A row is read once from HBM, so a row costs 2 V + 2 Vp bytes in bf16 with gradients and 2 V without. The
 // maximum and the sum are taken in one pass, rescaling the sum as the maximum grows (Milakov & Gimelshein
 // 2018), and the row waits where it is cheap:
-//   V <= 2048 (1024 in fp32): a warp a row, the row in registers;
+//   V <= 2048 (1024 in fp32): a warp a row, or 8 lanes up to a quarter of that, the row in registers;
 //   above: a block a row, the row in shared memory. 50304 bf16 are 98.25 KiB: two blocks live on an SM of an
 //   H100 (227 KiB), one on an A100 (163 KiB), and it still fits the 99 KiB of an RTX 4090. What a longer row
 //   has beyond that is read twice, the second time from L2: 132 SMs x 2 blocks x 100 KB = 26 MB in flight of
@@ -22,14 +22,14 @@
 #include <ptx.cuh>          // ex2
 #include "llmc/gpu.cuh"     // floatX, Gpu, Write
 #include "llmc/launch.cuh"  // launch, shared
-#include "llmc/reduce.cuh"  // warp_sum, warp_max, block_sum
+#include "llmc/reduce.cuh"  // block_sum, kWarpSize
 #include "llmc/vec.cuh"     // x128, load128, store128
 
 enum class ClassifierMode { LossOnly, LossAndGradient };
 
-// Short rows: packs a lane holds at most (32 registers of logits); warps a block, to fill an SM with few
-// blocks.
-inline constexpr int kClassifierPacks = 8, kClassifierWarps = 4;
+// Short rows: packs a lane holds at most (32 registers of logits); lanes a row where they are enough, so that
+// 4 rows share a warp's shuffles; threads a block.
+inline constexpr int kClassifierPacks = 8, kClassifierFewLanes = 8, kClassifierShortThreads = 128;
 // Long rows: loads under way per thread. 1024 threads x 4 x 16 bytes = 64 KiB an SM, latency x bandwidth
 // needs about 20.
 inline constexpr int kClassifierUnroll = 4;
@@ -51,10 +51,16 @@ __device__ inline void rescale(SoftmaxState& state, float max) {
     state.max = max;
 }
 
-// All lanes get the warp's state: the same tree for every lane, so they agree bit for bit.
+// The state of each group of kLanes lanes, to all of them: the same tree for every lane, so they agree bit
+// for bit.
+template <int kLanes = kWarpSize>
 __device__ inline SoftmaxState warp_reduce(SoftmaxState state) {
-    rescale(state, warp_max(state.max));
-    state.sum = warp_sum(state.sum);
+    float max = state.max;
+    for (int offset = kLanes / 2; offset > 0; offset /= 2)
+        max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, offset));
+    rescale(state, max);
+    for (int offset = kLanes / 2; offset > 0; offset /= 2)
+        state.sum += __shfl_xor_sync(0xffffffffu, state.sum, offset);
     return state;
 }
 
@@ -104,41 +110,41 @@ struct RowResult {
     }
 };
 
-// ---- short rows: a warp a row, the row in registers -------------------------------------------------------
+// ---- short rows: a warp or 8 lanes a row, the row in registers --------------------------------------------
 
-// Lane l holds packs l, l + 32, ... of the row, kPacks of them. The lane that holds the target writes the
-// loss: no lane reads memory that another one overwrites.
-template <int kPacks>
-__global__ __launch_bounds__(kClassifierWarps* kWarpSize) void classifier_warp_kernel(
+// Lane l of a row's kLanes holds packs l, l + kLanes, ..., kPacks of them. The lane that holds the target
+// writes the loss: no lane reads memory that another one overwrites.
+template <int kLanes, int kPacks>
+__global__ __launch_bounds__(kClassifierShortThreads, 4) void classifier_warp_kernel(
     floatX* logits, float* losses, const int* targets, float dloss_scale, int rows, int V, int Vp,
     bool with_gradient) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * kClassifierWarps + threadIdx.x / kWarpSize;
-    if (row >= rows) return;
-    const int lane = threadIdx.x % kWarpSize;
+    const int64_t row =
+        static_cast<int64_t>(blockIdx.x) * (kClassifierShortThreads / kLanes) + threadIdx.x / kLanes;
+    const int lane = threadIdx.x % kLanes;
+    const bool there = row < rows;  // lanes beyond the last row still come to the shuffles
     floatX* row_logits = logits + row * Vp;
-    const int target = targets[row];
+    const int target = there ? targets[row] : -1;
     const bool valid = target >= 0 && target < V;
 
     x128 x[kPacks];
     SoftmaxState state;
     for (int i = 0; i < kPacks; i++) {
-        const int c = (i * kWarpSize + lane) * x128::size;
-        x[i] = c < V ? load_logits(row_logits, c, V) : x128{};
+        const int c = (i * kLanes + lane) * x128::size;
+        x[i] = there && c < V ? load_logits(row_logits, c, V) : x128{};
     }
-    for (int i = 0; i < kPacks; i++) {
-        const int c = (i * kWarpSize + lane) * x128::size;
-        if (c < V) add_pack(state, x[i]);
-    }
+    for (int i = 0; i < kPacks; i++)
+        if (there && (i * kLanes + lane) * x128::size < V) add_pack(state, x[i]);
     float target_logit = 0;
-    const bool owns_target = valid && target / x128::size % kWarpSize == lane;
+    const bool owns_target = valid && target / x128::size % kLanes == lane;
     if (owns_target) target_logit = static_cast<float>(row_logits[target]);
 
-    const RowResult result(warp_reduce(state), dloss_scale);
+    const RowResult result(warp_reduce<kLanes>(state), dloss_scale);
+    if (!there) return;
     if (owns_target) losses[row] = result.loss(target_logit);
     if (!valid && lane == 0) losses[row] = NAN;
     if (!with_gradient) return;
     for (int i = 0; i < kPacks; i++) {
-        const int c = (i * kWarpSize + lane) * x128::size;
+        const int c = (i * kLanes + lane) * x128::size;
         if (c < V) store128(row_logits + c, result.gradient(x[i], c, V, target));
         else if (c < Vp) store128(row_logits + c, x128{});
     }
@@ -247,14 +253,20 @@ inline void classifier(floatX* logits, float* losses, const int* targets, float 
             "%d",
             rows, V, Vp, x128::size);
     const bool with_gradient = mode == ClassifierMode::LossAndGradient;
-    const int packs_per_lane = static_cast<int>(ceil_div(Vp, kWarpSize * x128::size));
-    if (packs_per_lane <= kClassifierPacks) {
-        auto kernel = packs_per_lane <= 1   ? classifier_warp_kernel<1>
-                      : packs_per_lane <= 2 ? classifier_warp_kernel<2>
-                      : packs_per_lane <= 4 ? classifier_warp_kernel<4>
-                                            : classifier_warp_kernel<kClassifierPacks>;
-        launch(kernel, {ceil_div(rows, kClassifierWarps), kClassifierWarps * kWarpSize}, gpu, logits, losses,
-               targets, dloss_scale, rows, V, Vp, with_gradient);
+    const int packs = Vp / x128::size;
+    auto start = [&]<int kLanes, int kPacks>() {
+        launch(classifier_warp_kernel<kLanes, kPacks>,
+               {ceil_div(rows, kClassifierShortThreads / kLanes), kClassifierShortThreads}, gpu, logits,
+               losses, targets, dloss_scale, rows, V, Vp, with_gradient);
+    };
+    if (packs <= 4 * kClassifierFewLanes) {
+        start.template operator()<kClassifierFewLanes, 4>();
+    } else if (packs <= kClassifierPacks * kClassifierFewLanes) {
+        start.template operator()<kClassifierFewLanes, kClassifierPacks>();
+    } else if (packs <= 4 * kWarpSize) {
+        start.template operator()<kWarpSize, 4>();
+    } else if (packs <= kClassifierPacks * kWarpSize) {
+        start.template operator()<kWarpSize, kClassifierPacks>();
     } else if (Vp <= kClassifierMediumPacks * x128::size) {
         launch<ClassifierShared<kClassifierMediumThreads, kClassifierMediumPacks>>(
             classifier_block_kernel<kClassifierMediumThreads, kClassifierMediumPacks>,

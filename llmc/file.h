@@ -1,7 +1,8 @@
 // A regular file by its descriptor: exact reads and writes at 64-bit offsets, failures as text.
 //
-// Nothing here ends the program: a function that can fail returns the error as one line, empty where all went well.
-// So readers of hostile files can be fuzzed in one process, and a checkpoint can tidy up before it gives up.
+// Nothing here ends the program: a function that can fail returns the error as one line, empty where all went
+// well. So readers of hostile files can be fuzzed in one process, and a checkpoint can tidy up before it
+// gives up.
 #pragma once
 
 #include <fcntl.h>
@@ -30,8 +31,8 @@
     return text;
 }
 
-// A name that came out of a file, fit for one line of an error: control characters and bytes beyond ASCII become
-// '?', and what is longer than 80 bytes is cut.  printable("a\nb") == "a?b"
+// A name that came out of a file, fit for one line of an error: control characters and bytes beyond ASCII
+// become '?', and what is longer than 80 bytes is cut.  printable("a\nb") == "a?b"
 inline std::string printable(std::string_view text) {
     constexpr size_t kLongest = 80;
     std::string out;
@@ -52,10 +53,13 @@ class File {
     ~File() { close(); }
 
     const std::string& path() const { return path_; }
-    uint64_t bytes() const { return bytes_; }   // size when it was opened; for a created file, what was written
+    uint64_t bytes() const {
+        return bytes_;
+    }  // size when it was opened; for a created file, what was written
     bool is_open() const { return fd_ >= 0; }
 
-    // Opens a regular file for reading. A pipe or a device is refused before it is opened: opening could block.
+    // Opens a regular file for reading. A pipe or a device is refused before it is opened: opening could
+    // block.
     std::string open_to_read(const std::string& path) {
         close();
         path_ = path;
@@ -82,12 +86,14 @@ class File {
     std::string read_at(void* out, uint64_t bytes, uint64_t offset) const {
         char* to = static_cast<char*>(out);
         while (bytes > 0) {
-            const ssize_t got = pread(fd_, to, std::min<uint64_t>(bytes, kLargestCall), static_cast<off_t>(offset));
+            const ssize_t got =
+                pread(fd_, to, std::min<uint64_t>(bytes, kLargestCall), static_cast<off_t>(offset));
             if (got < 0 && errno == EINTR) continue;
             if (got < 0) return failure("cannot be read");
             if (got == 0)
-                return text_of("%s ends at byte %llu: it was %llu bytes long when it was opened", path_.c_str(),
-                               static_cast<unsigned long long>(offset), static_cast<unsigned long long>(bytes_));
+                return text_of("%s ends at byte %llu: it was %llu bytes long when it was opened",
+                               path_.c_str(), static_cast<unsigned long long>(offset),
+                               static_cast<unsigned long long>(bytes_));
             to += got;
             offset += static_cast<uint64_t>(got);
             bytes -= static_cast<uint64_t>(got);
@@ -122,7 +128,7 @@ class File {
     }
 
   private:
-    static constexpr uint64_t kLargestCall = uint64_t{1} << 30;   // Linux moves at most 2 GiB - 4 KiB a call
+    static constexpr uint64_t kLargestCall = uint64_t{1} << 30;  // Linux moves at most 2 GiB - 4 KiB a call
 
     std::string failure(const char* what) const {
         return text_of("%s %s: %s", path_.c_str(), what, std::strerror(errno));
@@ -140,7 +146,8 @@ inline std::string read_text_file(std::string& out, const std::string& path, uin
     if (!error.empty()) return error;
     if (file.bytes() > largest_bytes)
         return text_of("%s has %llu bytes, at most %llu are expected", path.c_str(),
-                       static_cast<unsigned long long>(file.bytes()), static_cast<unsigned long long>(largest_bytes));
+                       static_cast<unsigned long long>(file.bytes()),
+                       static_cast<unsigned long long>(largest_bytes));
     out.resize(file.bytes());
     return file.read_at(out.data(), out.size(), 0);
 }

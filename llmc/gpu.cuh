@@ -1,6 +1,7 @@
 // The device as the rest of the program sees it: precision, checks, and `Gpu`, which owns the stream, the cuBLASLt
 // handle and the matmul workspace. In the simulator the same calls are dev/sim's.
 #pragma once
+#include <algorithm>  // min
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -117,10 +118,10 @@ struct Gpu {
     cudaDeviceProp properties{};
     cudaStream_t stream = nullptr;
     cublasLtHandle_t cublaslt = nullptr;
-    DeviceBuffer<unsigned char> workspace;  // for cuBLASLt, split-K sums above all
+    DeviceBuffer<unsigned char> workspace;  // for cuBLASLt, split-K sums above all: 256 MiB on an 80 GB GPU
 
     // Errors: no device, or one below compute capability 8.0, ends the program with what was wanted and found.
-    explicit Gpu(size_t workspace_bytes = size_t{32} << 20) {
+    Gpu() {
         int count = 0;
         cudaError_t status = cudaGetDeviceCount(&count);
         if (status != cudaSuccess || count == 0)
@@ -132,7 +133,7 @@ struct Gpu {
                   properties.name, properties.major, properties.minor);
         CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
         CUBLAS_CHECK(cublasLtCreate(&cublaslt));
-        workspace = DeviceBuffer<unsigned char>(workspace_bytes);
+        workspace = DeviceBuffer<unsigned char>(std::min(size_t{256} << 20, properties.totalGlobalMem / 256));
     }
     Gpu(const Gpu&) = delete;
     Gpu& operator=(const Gpu&) = delete;

@@ -18,11 +18,12 @@ class Builder {
     bool boolean(bool value) { return place(Json(value)); }
     bool number_integer(int64_t value) { return place(Json(value)); }
     bool number_unsigned(uint64_t value) {
-        return value <= INT64_MAX ? place(Json(static_cast<int64_t>(value))) : place(Json(static_cast<double>(value)));
+        return value <= INT64_MAX ? place(Json(static_cast<int64_t>(value)))
+                                  : place(Json(static_cast<double>(value)));
     }
     bool number_float(double value, const std::string&) { return place(Json(value)); }
     bool string(std::string& value) { return place(Json(std::move(value))); }
-    bool binary(nlohmann::json::binary_t&) { return refuse("bad JSON"); }   // not in the text format
+    bool binary(nlohmann::json::binary_t&) { return refuse("bad JSON"); }  // not in the text format
 
     bool start_object(size_t) { return open(Json::object()); }
     bool start_array(size_t) { return open(Json::array()); }
@@ -35,7 +36,8 @@ class Builder {
         std::vector<std::string_view> names(open_.back()->keys.begin(), open_.back()->keys.end());
         std::sort(names.begin(), names.end());
         const auto twice = std::adjacent_find(names.begin(), names.end());
-        if (twice != names.end()) return refuse("bad JSON: the key \"" + printable(*twice) + "\" comes twice");
+        if (twice != names.end())
+            return refuse("bad JSON: the key \"" + printable(*twice) + "\" comes twice");
         return close();
     }
 
@@ -50,7 +52,8 @@ class Builder {
     }
 
     bool place(Json value) {
-        if (++values_ > kMostJsonValues) return refuse(text_of("JSON of more than %zu values", kMostJsonValues));
+        if (++values_ > kMostJsonValues)
+            return refuse(text_of("JSON of more than %zu values", kMostJsonValues));
         if (open_.empty())
             root_ = std::move(value);
         else
@@ -72,7 +75,7 @@ class Builder {
     }
 
     Json& root_;
-    std::vector<Json*> open_;   // an item of each is the next: it stays where it is until that one is closed
+    std::vector<Json*> open_;  // an item of each is the next: it stays where it is until that one is closed
     size_t values_ = 0;
     std::string error_;
 };
@@ -102,7 +105,7 @@ nlohmann::ordered_json to_library(const Json& value) {
 
 std::string parse_json(Json& out, std::string_view text) {
     out = Json();
-    const size_t nul = text.find('\0');   // to the library it is the end of the text, whatever follows
+    const size_t nul = text.find('\0');  // to the library it is the end of the text, whatever follows
     if (nul != text.npos) return text_of("bad JSON at byte %zu", nul + 1);
     Builder builder(out);
     if (nlohmann::json::sax_parse(text.begin(), text.end(), &builder)) return "";

@@ -1,4 +1,5 @@
-// JSON as a plain value: what the program reads and writes of it. json.cpp alone knows the library underneath.
+// JSON as a plain value: what the program reads and writes of it. json.cpp alone knows the library
+// underneath.
 #pragma once
 
 #include <concepts>
@@ -15,11 +16,11 @@ struct Json {
 
     Kind kind = Kind::null;
     bool boolean = false;
-    int64_t integer = 0;             // Kind::integer: written without a point or exponent, and fits 64 bits
-    double number = 0;               // Kind::number, and Kind::integer converted
+    int64_t integer = 0;  // Kind::integer: written without a point or exponent, and fits 64 bits
+    double number = 0;    // Kind::number, and Kind::integer converted
     std::string string;
-    std::vector<std::string> keys;   // object: keys[i] names items[i]
-    std::vector<Json> items;         // array and object
+    std::vector<std::string> keys;  // object: keys[i] names items[i]
+    std::vector<Json> items;        // array and object
 
     Json() = default;
     Json(bool value) : kind(Kind::boolean), boolean(value) {}
@@ -48,7 +49,8 @@ struct Json {
         return *this;
     }
 
-    // The value of a key, or nullptr where this is no object or has no such key. Linear in the number of keys.
+    // The value of a key, or nullptr where this is no object or has no such key. Linear in the number of
+    // keys.
     const Json* find(std::string_view key) const {
         for (size_t i = 0; i < keys.size(); i++)
             if (keys[i] == key) return &items[i];
@@ -63,15 +65,15 @@ struct Json {
     }
 };
 
-// A text of more values, or deeper, is refused: no file of ours comes near, and the memory for a value is a hundred
-// times that of the "," it takes to ask for one.
+// A text of more values, or deeper, is refused: no file of ours comes near, and the memory for a value is a
+// hundred times that of the "," it takes to ask for one.
 constexpr size_t kMostJsonValues = size_t{1} << 18;
 constexpr size_t kDeepestJson = 32;
 
-// out = the value of a whole JSON text (RFC 8259, UTF-8). Returns an error in one line, empty where all went well.
-// A key that comes twice in an object is an error.
+// out = the value of a whole JSON text (RFC 8259, UTF-8). Returns an error in one line, empty where all went
+// well. A key that comes twice in an object is an error.
 std::string parse_json(Json& out, std::string_view text);
 
-// The text of a value, on one line, or indented by `indent` spaces a level where that is 0 or more. Doubles are
-// written so that reading gives the same bits; what isn't finite becomes null, and bad UTF-8 U+FFFD.
+// The text of a value, on one line, or indented by `indent` spaces a level where that is 0 or more. Doubles
+// are written so that reading gives the same bits; what isn't finite becomes null, and bad UTF-8 U+FFFD.
 std::string json_text(const Json& value, int indent = -1);

@@ -13,6 +13,7 @@
 #include <cxxabi.h>  // demangled kernel names in errors
 #include <cstdlib>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <ptx.cuh>
 #include "llmc/gpu.cuh"
@@ -49,6 +50,9 @@ inline std::string kernel_name(const void* kernel) {
     char* text = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
     std::string name = status == 0 ? text : mangled;
     std::free(text);
+    constexpr std::string_view kAnonymous = "(anonymous namespace)::";
+    for (size_t at = 0; (at = name.find(kAnonymous)) != std::string::npos;) name.erase(at, kAnonymous.size());
+    if (name.starts_with("void ")) name.erase(0, 5);  // a template's name comes with its return type
     return name.substr(0, name.find('('));
 }
 

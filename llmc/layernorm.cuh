@@ -23,11 +23,11 @@ inline constexpr float kLayernormEps = 1e-5f;  // GPT-2's layer_norm_epsilon
 
 // Rows are spread over at most 512 threads, which sets the limit on C: 4096 in bf16, 2048 in fp32.
 inline constexpr int kLayernormMaxThreads = 512, kLayernormMaxC = kLayernormMaxThreads * x128::size;
-// Forward, short rows: a warp a row, up to 8 packs a lane (C <= 2048 in bf16), 4 warps a block. Long rows:
-// 256 threads.
-inline constexpr int kLayernormPacks = 8, kLayernormLongThreads = 256;
+// Forward: rows of up to 32 packs (C <= 256 in bf16) on 8 lanes, 4 rows a warp, which share the shuffles;
+// rows of up to 256 packs on a warp; both in blocks of 128. Longer ones on a block of 256.
+inline constexpr int kLayernormFewLanes = 8, kLayernormLongThreads = 256;
 template <int kThreads>
-inline constexpr int kLayernormRowsPerBlock = kThreads == kWarpSize ? 4 : 1;
+inline constexpr int kLayernormRowsPerBlock = kThreads <= kWarpSize ? 128 / kThreads : 1;
 // Backward: rows a block takes at a time. With 2, a thread has 96 bytes in flight in 128 registers, and the
 // 512 threads of an SM 48 KiB, twice latency x bandwidth at 3 TB/s; with 4 it takes 215 registers, half the
 // threads, or spills.
@@ -40,6 +40,17 @@ struct LayernormShared {
     float sum[kWarpSize];
 };
 
+// Sum over the kThreads threads of a row; each gets it. All threads of the warp, or of the block, must come.
+template <int kThreads>
+__device__ inline float row_sum(float x, float (&scratch)[kWarpSize]) {
+    if constexpr (kThreads < kWarpSize) {
+        for (int offset = kThreads / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+        return x;
+    } else {
+        return block_sum<kThreads>(x, scratch);
+    }
+}
+
 // kThreads threads (threadIdx.x) hold a row, kPacks packs each at most; a block has blockDim.y rows, one
 // where kThreads > 32. kResidual: x = inp1 + inp2 is written to residual; else x = inp1. residual may be inp1
 // or inp2.
@@ -49,24 +60,24 @@ __global__ __launch_bounds__(kThreads* kLayernormRowsPerBlock<kThreads>) void la
     const floatX* weight, const floatX* bias, int rows, int C) {
     auto& s = shared<LayernormShared<kThreads>>();
     const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-    if (row >= rows) return;  // a whole warp
     const int64_t at = row * C;
+    const int end = row < rows ? C : 0;  // threads beyond the last row have no columns, but come to the sums
 
     x128 x[kPacks];
     for (int i = 0; i < kPacks; i++) {
         const int c = (i * kThreads + threadIdx.x) * x128::size;
-        x[i] = c < C ? load128_streaming(inp1 + at + c) : x128{};
+        x[i] = c < end ? load128_streaming(inp1 + at + c) : x128{};
     }
     if constexpr (kResidual) {
         x128 y[kPacks];
         for (int i = 0; i < kPacks; i++) {
             const int c = (i * kThreads + threadIdx.x) * x128::size;
-            y[i] = c < C ? load128_streaming(inp2 + at + c) : x128{};
+            y[i] = c < end ? load128_streaming(inp2 + at + c) : x128{};
         }
         for (int i = 0; i < kPacks; i++) {
             const int c = (i * kThreads + threadIdx.x) * x128::size;
             for (int k = 0; k < x128::size; k++) x[i].set(k, x[i][k] + y[i][k]);
-            if (c < C) store128_streaming(residual + at + c, x[i]);
+            if (c < end) store128_streaming(residual + at + c, x[i]);
         }
     }
 
@@ -75,16 +86,16 @@ __global__ __launch_bounds__(kThreads* kLayernormRowsPerBlock<kThreads>) void la
     float sum = 0, squares = 0;
     for (int i = 0; i < kPacks; i++)
         for (int k = 0; k < x128::size; k++) sum += x[i][k];
-    const float m = block_sum<kThreads>(sum, s.sum) / C;
+    const float m = row_sum<kThreads>(sum, s.sum) / C;
     for (int i = 0; i < kPacks; i++)
-        if ((i * kThreads + static_cast<int>(threadIdx.x)) * x128::size < C)
+        if ((i * kThreads + static_cast<int>(threadIdx.x)) * x128::size < end)
             for (int k = 0; k < x128::size; k++) squares += (x[i][k] - m) * (x[i][k] - m);
-    const float r = 1.0f / sqrtf(block_sum<kThreads>(squares, s.sum) / C + kLayernormEps);
-    if (threadIdx.x == 0) mean[row] = m, rstd[row] = r;
+    const float r = 1.0f / sqrtf(row_sum<kThreads>(squares, s.sum) / C + kLayernormEps);
+    if (threadIdx.x == 0 && row < rows) mean[row] = m, rstd[row] = r;
 
     for (int i = 0; i < kPacks; i++) {
         const int c = (i * kThreads + threadIdx.x) * x128::size;
-        if (c >= C) continue;
+        if (c >= end) continue;
         const x128 w = load128(weight + c), b = load128(bias + c);
         x128 y;
         for (int k = 0; k < x128::size; k++) y.set(k, (x[i][k] - m) * r * w[k] + b[k]);
@@ -251,22 +262,17 @@ inline void launch_layernorm_forward(floatX* residual, floatX* out, float* mean,
                                      const floatX* bias, int rows, int C, Gpu& gpu) {
     check_layernorm_shape("layernorm_forward", rows, C);
     const int packs = C / x128::size;
-    if (packs <= kLayernormPacks * kWarpSize) {
-        constexpr int kRows = kLayernormRowsPerBlock<kWarpSize>;
-        auto kernel = packs <= 1 * kWarpSize   ? layernorm_forward_kernel<kWarpSize, 1, kResidual>
-                      : packs <= 2 * kWarpSize ? layernorm_forward_kernel<kWarpSize, 2, kResidual>
-                      : packs <= 4 * kWarpSize
-                          ? layernorm_forward_kernel<kWarpSize, 4, kResidual>
-                          : layernorm_forward_kernel<kWarpSize, kLayernormPacks, kResidual>;
-        const LaunchShape shape(dim3(static_cast<unsigned>(ceil_div(rows, kRows))), dim3(kWarpSize, kRows));
-        launch<LayernormShared<kWarpSize>>(kernel, shape, gpu, residual, out, mean, rstd, inp1, inp2, weight,
-                                           bias, rows, C);
-    } else {
-        launch<LayernormShared<kLayernormLongThreads>>(
-            layernorm_forward_kernel<kLayernormLongThreads, kLayernormMaxThreads / kLayernormLongThreads,
-                                     kResidual>,
-            {rows, kLayernormLongThreads}, gpu, residual, out, mean, rstd, inp1, inp2, weight, bias, rows, C);
-    }
+    auto start = [&]<int kThreads, int kPacks>() {
+        constexpr unsigned kRows = kLayernormRowsPerBlock<kThreads>;
+        const LaunchShape shape(dim3(static_cast<unsigned>(ceil_div(rows, kRows))), dim3(kThreads, kRows));
+        launch<LayernormShared<kThreads>>(layernorm_forward_kernel<kThreads, kPacks, kResidual>, shape, gpu,
+                                          residual, out, mean, rstd, inp1, inp2, weight, bias, rows, C);
+    };
+    if (packs <= 4 * kLayernormFewLanes) start.template operator()<kLayernormFewLanes, 4>();
+    else if (packs <= 2 * kWarpSize) start.template operator()<kWarpSize, 2>();
+    else if (packs <= 4 * kWarpSize) start.template operator()<kWarpSize, 4>();
+    else if (packs <= 8 * kWarpSize) start.template operator()<kWarpSize, 8>();
+    else start.template operator()<kLayernormLongThreads, kLayernormMaxThreads / kLayernormLongThreads>();
 }
 
 // out = layernorm(inp) * weight + bias, row by row.

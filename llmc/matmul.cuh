@@ -1,16 +1,18 @@
-// Matrix products over cuBLASLt, chosen by measurement. Weights are stored (in, out), as Hugging Face's GPT-2 has them.
+// Matrix products over cuBLASLt, chosen by measurement. Weights are stored (in, out), as Hugging Face's GPT-2
+// has them.
 //
-//     forward   out (N, OC)     = inp (N, C) weight (C, OC) + bias (OC)          NN   [then gelu; its input kept]
-//     dgrad     dinp (N, C)     = dout (N, OC) weight^T                          TN   [times gelu'(pre_gelu)]
-//     wgrad     dweight (C, OC) = or += inp^T dout, fp32                         NT
-//     head      logits (N, Vp)  = x (N, C) wte (Vp, C)^T                         TN   tied to the token embedding
-//               dx (N, C)       = dlogits wte                                    NN
-//               dwte (Vp, C)    = or += dlogits^T x, fp32                        NT
+//     forward   out (N, OC)     = inp (N, C) weight (C, OC) + bias (OC)   NN   [then gelu; its input kept]
+//     dgrad     dinp (N, C)     = dout (N, OC) weight^T                   TN   [times gelu'(pre_gelu)]
+//     wgrad     dweight (C, OC) = or += inp^T dout, fp32                  NT
+//     head      logits (N, Vp)  = x (N, C) wte (Vp, C)^T                  TN   tied to the token embedding
+//               dx (N, C)       = dlogits wte                             NN
+//               dwte (Vp, C)    = or += dlogits^T x, fp32                 NT
 //
-// Sums are fp32, in the fp32 build without TF32. A gelu or a bias may ride in the product's own kernel (an epilogue) or
-// follow it in one of ours: which is faster depends on GPU and library, so both are candidates. For each distinct product
-// `Matmuls` asks the library's heuristic for algorithms, times them on random numbers, keeps the fastest, and remembers
-// it on disk; what was kept can be written down as text and used again, by other ranks and by a resumed run.
+// Sums are fp32, in the fp32 build without TF32. A gelu or a bias may ride in the product's own kernel (an
+// epilogue) or follow it in one of ours: which is faster depends on GPU and library, so both are candidates.
+// For each distinct product `Matmuls` asks the library's heuristic for algorithms, times them on random
+// numbers, keeps the fastest, and remembers it on disk; what was kept can be written down as text and used
+// again, by other ranks and by a resumed run.
 //
 // Source: NVIDIA, cuBLAS library documentation, "Using the cuBLASLt API".
 #pragma once
@@ -31,9 +33,9 @@
 #include "llmc/gpu.cuh"        // Gpu, floatX, Write
 #include "llmc/launch.cuh"     // launch
 #include "llmc/matmul_plan.h"  // MatmulKey, MatmulSettings, MatmulCache
-#include "llmc/random.cuh"     // philox, normal_pair
+#include "llmc/random.cuh"     // philox, uniform_open
 
-// ---- a product's descriptors -----------------------------------------------------------------------------------------
+// ---- a product's descriptors ------------------------------------------------------------------------------
 
 // Owners of cuBLASLt's objects.
 template <auto destroy>
@@ -50,7 +52,8 @@ using MatmulMatrix = MatmulOwned<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDes
 using MatmulPreference = MatmulOwned<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDestroy>;
 
 inline constexpr cudaDataType_t kCudaTypeX = sizeof(floatX) == 2 ? CUDA_R_16BF : CUDA_R_32F;
-inline constexpr size_t kMatmulAlignment = 16;  // bytes, of every operand: one vector access, and what TMA asks for
+inline constexpr size_t kMatmulAlignment =
+    16;  // bytes, of every operand: a vector access, and what TMA wants
 
 // The product's own operands and what its epilogue touches. bias (m); pre_gelu (m, n) as D.
 struct MatmulOperands {
@@ -75,14 +78,17 @@ struct MatmulDescriptors {
         set(CUBLASLT_MATMUL_DESC_TRANSA, static_cast<int32_t>(op_a));
         set(CUBLASLT_MATMUL_DESC_TRANSB, static_cast<int32_t>(op_b));
         constexpr cublasLtEpilogue_t kEpilogues[] = {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS,
-                                                     CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU};
+                                                     CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+                                                     CUBLASLT_EPILOGUE_DGELU};
         set(CUBLASLT_MATMUL_DESC_EPILOGUE, static_cast<uint32_t>(kEpilogues[static_cast<int>(epilogue)]));
-        // The heuristic reads no bias or auxiliary matrix, but takes its pointer's alignment for what may be relied on.
+        // The heuristic reads no bias or auxiliary matrix, but takes its pointer's alignment for what may be
+        // relied on.
         const void* aligned_as_ours = reinterpret_cast<const void*>(kMatmulAlignment);
         const bool has_aux = epilogue == MatmulEpilogue::GeluBias || epilogue == MatmulEpilogue::Dgelu;
         if (has_aux) set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, static_cast<int64_t>(key.m));
         if (has_aux) set_aux(aligned_as_ours);
-        if (epilogue == MatmulEpilogue::Bias || epilogue == MatmulEpilogue::GeluBias) set_bias(aligned_as_ours);
+        if (epilogue == MatmulEpilogue::Bias || epilogue == MatmulEpilogue::GeluBias)
+            set_bias(aligned_as_ours);
         a = matrix(kCudaTypeX, op_a == CUBLAS_OP_N ? key.m : key.k, op_a == CUBLAS_OP_N ? key.k : key.m);
         b = matrix(kCudaTypeX, op_b == CUBLAS_OP_N ? key.k : key.n, op_b == CUBLAS_OP_N ? key.n : key.k);
         d = matrix(key.fp32_out ? CUDA_R_32F : kCudaTypeX, key.m, key.n);
@@ -102,7 +108,7 @@ struct MatmulDescriptors {
     }
 };
 
-// ---- a plan: one product, ready to run -------------------------------------------------------------------------------
+// ---- a plan: one product, ready to run --------------------------------------------------------------------
 
 // The epilogue that stays in cuBLASLt's kernel where the plan isn't fused; the rest is a kernel of ours.
 inline MatmulEpilogue plainer(MatmulEpilogue epilogue) {
@@ -122,29 +128,31 @@ struct MatmulPlan {
     std::string text() const { return text_of_key(key) + " = " + text_of_settings(settings); }
 };
 
-// The algorithm that `settings` describe, checked by the library; nothing where it can't compute this product here, or
-// wants more workspace than given.
-inline std::optional<MatmulPlan> make_plan(const MatmulKey& key, const MatmulSettings& settings, size_t workspace_bytes,
-                                           const Gpu& gpu) {
+// The algorithm that `settings` describe, checked by the library; nothing where it can't compute this product
+// here, or wants more workspace than given.
+inline std::optional<MatmulPlan> make_plan(const MatmulKey& key, const MatmulSettings& settings,
+                                           size_t workspace_bytes, const Gpu& gpu) {
     const MatmulEpilogue epilogue = settings.fused ? key.epilogue : plainer(key.epilogue);
     MatmulPlan plan{key, settings, MatmulDescriptors(key, epilogue), {}, 0};
     const cudaDataType_t type_d = key.fp32_out ? CUDA_R_32F : kCudaTypeX;
-    if (cublasLtMatmulAlgoInit(gpu.cublaslt, CUBLAS_COMPUTE_32F, CUDA_R_32F, kCudaTypeX, kCudaTypeX, type_d, type_d,
-                               settings.algorithm, &plan.algorithm) != CUBLAS_STATUS_SUCCESS)
+    if (cublasLtMatmulAlgoInit(gpu.cublaslt, CUBLAS_COMPUTE_32F, CUDA_R_32F, kCudaTypeX, kCudaTypeX, type_d,
+                               type_d, settings.algorithm, &plan.algorithm) != CUBLAS_STATUS_SUCCESS)
         return std::nullopt;
     bool accepted = true;
     each_setting(settings, [&](const char*, cublasLtMatmulAlgoConfigAttributes_t attribute, auto value) {
         auto present = value;
-        const bool readable = cublasLtMatmulAlgoConfigGetAttribute(&plan.algorithm, attribute, &present, sizeof(present),
-                                                                   nullptr) == CUBLAS_STATUS_SUCCESS;
-        if (readable && present == value) return;  // the number can't be set, and old algorithms lack new attributes
-        accepted = accepted && cublasLtMatmulAlgoConfigSetAttribute(&plan.algorithm, attribute, &value, sizeof(value)) ==
-                                   CUBLAS_STATUS_SUCCESS;
+        const bool readable =
+            cublasLtMatmulAlgoConfigGetAttribute(&plan.algorithm, attribute, &present, sizeof(present),
+                                                 nullptr) == CUBLAS_STATUS_SUCCESS;
+        if (readable && present == value)
+            return;  // the number can't be set; old algorithms lack new attributes
+        accepted = accepted && cublasLtMatmulAlgoConfigSetAttribute(&plan.algorithm, attribute, &value,
+                                                                    sizeof(value)) == CUBLAS_STATUS_SUCCESS;
     });
     cublasLtMatmulHeuristicResult_t result{};
     const MatmulDescriptors& t = plan.descriptors;
-    if (!accepted || cublasLtMatmulAlgoCheck(gpu.cublaslt, t.operation.get(), t.a.get(), t.b.get(), t.d.get(), t.d.get(),
-                                             &plan.algorithm, &result) != CUBLAS_STATUS_SUCCESS)
+    if (!accepted || cublasLtMatmulAlgoCheck(gpu.cublaslt, t.operation.get(), t.a.get(), t.b.get(), t.d.get(),
+                                             t.d.get(), &plan.algorithm, &result) != CUBLAS_STATUS_SUCCESS)
         return std::nullopt;
     plan.workspace_bytes = result.workspaceSize;
     if (plan.workspace_bytes > std::min(workspace_bytes, gpu.workspace.bytes())) return std::nullopt;
@@ -156,15 +164,16 @@ inline void run_plan(MatmulPlan& plan, const MatmulOperands& x, Gpu& gpu) {
     const MatmulKey& key = plan.key;
     const bool fused = plan.settings.fused;
     const MatmulEpilogue inside = fused ? key.epilogue : plainer(key.epilogue);
-    if (inside == MatmulEpilogue::Bias || inside == MatmulEpilogue::GeluBias) plan.descriptors.set_bias(x.bias);
+    if (inside == MatmulEpilogue::Bias || inside == MatmulEpilogue::GeluBias)
+        plan.descriptors.set_bias(x.bias);
     if (inside == MatmulEpilogue::GeluBias) plan.descriptors.set_aux(x.pre_gelu_out);
     if (inside == MatmulEpilogue::Dgelu) plan.descriptors.set_aux(x.pre_gelu);
     void* d = key.epilogue == MatmulEpilogue::GeluBias && !fused ? x.pre_gelu_out : x.d;
     const float alpha = 1.0f, beta = key.write == Write::Add ? 1.0f : 0.0f;
     const MatmulDescriptors& t = plan.descriptors;
-    CUBLAS_CHECK(cublasLtMatmul(gpu.cublaslt, t.operation.get(), &alpha, x.a, t.a.get(), x.b, t.b.get(), &beta, d,
-                                t.d.get(), d, t.d.get(), &plan.algorithm, gpu.workspace.get(), plan.workspace_bytes,
-                                gpu.stream));
+    CUBLAS_CHECK(cublasLtMatmul(gpu.cublaslt, t.operation.get(), &alpha, x.a, t.a.get(), x.b, t.b.get(),
+                                &beta, d, t.d.get(), d, t.d.get(), &plan.algorithm, gpu.workspace.get(),
+                                plan.workspace_bytes, gpu.stream));
     if (fused) return;
     floatX* out = static_cast<floatX*>(x.d);
     if (key.epilogue == MatmulEpilogue::Bias)
@@ -173,21 +182,22 @@ inline void run_plan(MatmulPlan& plan, const MatmulOperands& x, Gpu& gpu) {
     if (key.epilogue == MatmulEpilogue::Dgelu) gelu_backward(out, out, x.pre_gelu, key.m * key.n, gpu);
 }
 
-// ---- candidates and their measurement --------------------------------------------------------------------------------
+// ---- candidates and their measurement ---------------------------------------------------------------------
 
 struct MatmulTuning {
     bool measure = true;                                   // or take the heuristic's first
     bool fuse_gelu = true;                                 // see below
-    int candidates = 32;                                   // of the heuristic's answers, for each way to do the epilogue
+    int candidates = 32;                                   // algorithms timed, of each way to do the epilogue
     size_t workspace_bytes = SIZE_MAX;                     // at most, of the Gpu's
     std::string cache_path = default_matmul_cache_path();  // empty: measured anew in each run
 };
-// A fused gelu reads the fp32 sum before pre_gelu is rounded from it, and is the library's formula. Where backward computes
-// gelu_forward(pre_gelu) again instead of keeping the result, only an unfused forward gives the same bits: fuse_gelu false.
+// A fused gelu reads the fp32 sum before pre_gelu is rounded from it, and is the library's formula. Where
+// backward computes gelu_forward(pre_gelu) again instead of keeping the result, only an unfused forward gives
+// the same bits: fuse_gelu false.
 
 // The heuristic's algorithms for a product, best guess first, as settings that make_plan can take.
-inline std::vector<MatmulSettings> heuristic_settings(const MatmulKey& key, bool fused, int count, size_t workspace_bytes,
-                                                      const Gpu& gpu) {
+inline std::vector<MatmulSettings> heuristic_settings(const MatmulKey& key, bool fused, int count,
+                                                      size_t workspace_bytes, const Gpu& gpu) {
     cublasLtMatmulPreference_t made = nullptr;
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&made));
     MatmulPreference preference(made);
@@ -195,20 +205,23 @@ inline std::vector<MatmulSettings> heuristic_settings(const MatmulKey& key, bool
         CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(made, attribute, &value, sizeof(value)));
     };
     set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(workspace_bytes));
-    for (auto attribute : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                           CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+    for (auto attribute :
+         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+          CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
         set(attribute, static_cast<uint32_t>(kMatmulAlignment));
     // Parts of a split sum are added in fp32: in place or in the output's type only where that is fp32.
     const bool fp32_sums = key.fp32_out || kCudaTypeX == CUDA_R_32F;
     set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-        static_cast<uint32_t>(fp32_sums ? CUBLASLT_REDUCTION_SCHEME_MASK : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+        static_cast<uint32_t>(fp32_sums ? CUBLASLT_REDUCTION_SCHEME_MASK
+                                        : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
 
     const MatmulDescriptors t(key, fused ? key.epilogue : plainer(key.epilogue));
-    std::vector<cublasLtMatmulHeuristicResult_t> results(std::max(count, 1));
+    const int wanted = std::max(count, 1);
+    const auto results = std::make_unique<cublasLtMatmulHeuristicResult_t[]>(wanted);
     int found = 0;
     const cublasStatus_t status =
-        cublasLtMatmulAlgoGetHeuristic(gpu.cublaslt, t.operation.get(), t.a.get(), t.b.get(), t.d.get(), t.d.get(), made,
-                                       static_cast<int>(results.size()), results.data(), &found);
+        cublasLtMatmulAlgoGetHeuristic(gpu.cublaslt, t.operation.get(), t.a.get(), t.b.get(), t.d.get(),
+                                       t.d.get(), made, wanted, results.get(), &found);
     if (status == CUBLAS_STATUS_NOT_SUPPORTED) return {};
     CUBLAS_CHECK(status);
     std::vector<MatmulSettings> all;
@@ -217,8 +230,8 @@ inline std::vector<MatmulSettings> heuristic_settings(const MatmulKey& key, bool
         MatmulSettings settings;
         settings.fused = fused;
         each_setting(settings, [&](const char*, cublasLtMatmulAlgoConfigAttributes_t attribute, auto& value) {
-            if (cublasLtMatmulAlgoConfigGetAttribute(&results[i].algo, attribute, &value, sizeof(value), nullptr) !=
-                CUBLAS_STATUS_SUCCESS)
+            if (cublasLtMatmulAlgoConfigGetAttribute(&results[i].algo, attribute, &value, sizeof(value),
+                                                     nullptr) != CUBLAS_STATUS_SUCCESS)
                 value = 0;
         });
         all.push_back(settings);
@@ -226,29 +239,33 @@ inline std::vector<MatmulSettings> heuristic_settings(const MatmulKey& key, bool
     return all;
 }
 
-// x (n) = normal numbers; never measure on zeros, which cost less power and so run faster. One Philox call, two numbers.
+// x (n) = random numbers of mean 0 and variance 1, bell-shaped: the sum of four uniform ones. Never measure
+// on zeros, which cost less power and so run faster.
 template <class T>
-__global__ void fill_normal_kernel(T* x, int64_t n, uint64_t stream) {
-    const int64_t i = 2 * (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x);
+__global__ void fill_random_kernel(T* x, int64_t n, uint64_t stream) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= n) return;
     const uint4 bits = philox(0, stream, static_cast<uint64_t>(i));
-    const float2 normal = normal_pair(bits.x, bits.y);
-    x[i] = static_cast<T>(normal.x);
-    if (i + 1 < n) x[i + 1] = static_cast<T>(normal.y);
+    const float sum =
+        uniform_open(bits.x) + uniform_open(bits.y) + uniform_open(bits.z) + uniform_open(bits.w);
+    constexpr float kSqrt3 = 1.7320508f;  // a uniform number's variance is 1/12
+    x[i] = static_cast<T>((sum - 2.0f) * kSqrt3);
 }
 template <class T>
-inline void fill_normal(T* x, size_t n, uint64_t stream, const Gpu& gpu) {
+inline void fill_random(T* x, size_t n, uint64_t stream, const Gpu& gpu) {
     constexpr int kThreads = 256;
     const int64_t elements = static_cast<int64_t>(n);
-    launch(fill_normal_kernel<T>, {ceil_div(elements, 2 * kThreads), kThreads}, gpu, x, elements, stream);
+    launch(fill_random_kernel<T>, {ceil_div(elements, kThreads), kThreads}, gpu, x, elements, stream);
 }
 
-// Operands of a product for measuring, full of random numbers; empty where they don't fit beside what is there.
+// Operands of a product for measuring, full of random numbers; empty where they don't fit beside what is
+// there.
 class MatmulTuningMemory {
   public:
     MatmulTuningMemory(const MatmulKey& key, const Gpu& gpu) {
         const size_t d_bytes = key.m * key.n * (key.fp32_out ? sizeof(float) : sizeof(floatX));
-        const bool has_pre_gelu = key.epilogue == MatmulEpilogue::GeluBias || key.epilogue == MatmulEpilogue::Dgelu;
+        const bool has_pre_gelu =
+            key.epilogue == MatmulEpilogue::GeluBias || key.epilogue == MatmulEpilogue::Dgelu;
         const size_t elements[] = {key.m * key.k, key.k * key.n, key.m, has_pre_gelu ? key.m * key.n : 1};
         size_t offsets[4], total = 0;
         for (int i = 0; i < 4; i++) {
@@ -264,7 +281,7 @@ class MatmulTuningMemory {
         floatX* parts[4];
         for (int i = 0; i < 4; i++) {
             parts[i] = reinterpret_cast<floatX*>(memory + offsets[i]);
-            fill_normal(parts[i], elements[i], static_cast<uint64_t>(i), gpu);
+            fill_random(parts[i], elements[i], static_cast<uint64_t>(i), gpu);
         }
         CUDA_CHECK(cudaMemsetAsync(memory + total, 0, d_bytes, gpu.stream));
         operands_ = {parts[0], parts[1], memory + total, parts[2], parts[3], parts[3]};
@@ -296,15 +313,16 @@ inline double time_plan_us(MatmulPlan& plan, const MatmulOperands& operands, int
     return ms * 1e3 / runs;
 }
 
-// The first, unless the fastest beats it by more than 2%: less is within a measurement's noise, and staying with the
-// heuristic keeps runs alike.
+// The first, unless the fastest beats it by more than 2%: less is within a measurement's noise, and staying
+// with the heuristic keeps runs alike.
 inline size_t choose_fastest(const std::vector<double>& us) {
     const size_t best = std::min_element(us.begin(), us.end()) - us.begin();
     return us[best] < 0.98 * us[0] ? best : 0;
 }
 
-// The index of the plan to use, with its times filled in. Everything is run once and timed once; what isn't hopeless is
-// then timed in rounds, one after the other, so that a clock that changes meets all of them, and medians are compared.
+// The index of the plan to use, with its times filled in. Everything is run once and timed once; what isn't
+// hopeless is then timed in rounds, one after the other, so that a clock that changes meets all of them, and
+// medians are compared.
 inline size_t measure_plans(std::vector<MatmulPlan>& plans, const MatmulOperands& operands, Gpu& gpu) {
     constexpr int kRounds = 5;
     constexpr double kHopeless = 1.2;      // times the fastest of the first look
@@ -337,10 +355,10 @@ inline size_t measure_plans(std::vector<MatmulPlan>& plans, const MatmulOperands
     return chosen;
 }
 
-// ---- the products of the model ---------------------------------------------------------------------------------------
+// ---- the products of the model ----------------------------------------------------------------------------
 
-// N rows; C, OC the widths of inp and out. All pointers on the device, 16-byte aligned, and not overlapping; C and OC
-// multiples of 8 (bf16) or 4 (fp32). For the head weight is wte (OC, C) and OC = Vp.
+// N rows; C, OC the widths of inp and out. All pointers on the device, 16-byte aligned, and not overlapping;
+// C and OC multiples of 8 (bf16) or 4 (fp32). For the head weight is wte (OC, C) and OC = Vp.
 struct MatmulForward {
     floatX* out;                             // (N, OC) =
     const floatX *inp, *weight;              // (N, C), (C, OC)
@@ -375,8 +393,8 @@ struct MatmulModel {
     bool accumulate;  // gradients are added to as well: several micro-steps, or several chunks of logits
 };
 
-// The plans of a program, one for each distinct product, made at first use or by prepare(). One for a Gpu, used by one
-// thread; the work is asynchronous on gpu.stream and, plans given, deterministic.
+// The plans of a program, one for each distinct product, made at first use or by prepare(). One for a Gpu,
+// used by one thread; the work is asynchronous on gpu.stream and, plans given, deterministic.
 class Matmuls {
   public:
     explicit Matmuls(const MatmulTuning& tuning = {}) : tuning_(tuning) {}
@@ -384,7 +402,8 @@ class Matmuls {
     // out = inp weight [+ bias].
     void forward(const MatmulForward& x, Gpu& gpu) {
         const MatmulEpilogue epilogue = x.bias ? MatmulEpilogue::Bias : MatmulEpilogue::None;
-        product(forward_key(x.N, x.C, x.OC, epilogue), {.a = x.weight, .b = x.inp, .d = x.out, .bias = x.bias}, gpu);
+        product(forward_key(x.N, x.C, x.OC, epilogue),
+                {.a = x.weight, .b = x.inp, .d = x.out, .bias = x.bias}, gpu);
     }
     // pre_gelu = inp weight + bias; out = gelu(pre_gelu), of the sum before or after rounding.
     void forward_gelu(const MatmulForwardGelu& x, Gpu& gpu) {
@@ -393,7 +412,8 @@ class Matmuls {
     }
     // dinp = dout weight^T.
     void dgrad(const MatmulDgrad& x, Gpu& gpu) {
-        product(dgrad_key(x.N, x.C, x.OC, MatmulEpilogue::None), {.a = x.weight, .b = x.dout, .d = x.dinp}, gpu);
+        product(dgrad_key(x.N, x.C, x.OC, MatmulEpilogue::None), {.a = x.weight, .b = x.dout, .d = x.dinp},
+                gpu);
     }
     // dinp = (dout weight^T) gelu'(pre_gelu), elementwise.
     void dgrad_gelu(const MatmulDgradGelu& x, Gpu& gpu) {
@@ -408,33 +428,40 @@ class Matmuls {
     // The head: weight is wte (OC = Vp, C), its rows the outputs.  out = inp wte^T.
     void head_forward(const MatmulForward& x, Gpu& gpu) {
         if (x.bias) fatal("the head's product has no bias");
-        product(dgrad_key(x.N, x.OC, x.C, MatmulEpilogue::None), {.a = x.weight, .b = x.inp, .d = x.out}, gpu);
+        product(dgrad_key(x.N, x.OC, x.C, MatmulEpilogue::None), {.a = x.weight, .b = x.inp, .d = x.out},
+                gpu);
     }
     // dinp = dout wte.
     void head_dgrad(const MatmulDgrad& x, Gpu& gpu) {
-        product(forward_key(x.N, x.OC, x.C, MatmulEpilogue::None), {.a = x.weight, .b = x.dout, .d = x.dinp}, gpu);
+        product(forward_key(x.N, x.OC, x.C, MatmulEpilogue::None), {.a = x.weight, .b = x.dout, .d = x.dinp},
+                gpu);
     }
     // dwte (OC, C) = or += dout^T inp.
     void head_wgrad(const MatmulWgrad& x, Gpu& gpu) {
         product(wgrad_key(x.C, x.OC, x.N, x.write), {.a = x.inp, .b = x.dout, .d = x.dweight}, gpu);
     }
 
-    // Makes every plan of a training micro-step. Measuring wants memory for operands: call it before the big arenas are
-    // taken. Products of other shapes (sampling, a last partial batch) get theirs at first use.
+    // Makes every plan of a training micro-step. Measuring wants memory for operands: call it before the big
+    // arenas are taken. Products of other shapes (sampling, a last partial batch) get theirs at first use.
     void prepare(const MatmulModel& model, Gpu& gpu) {
-        const int64_t N = model.tokens, R = model.logit_rows, C = model.channels, Vp = model.padded_vocab_size;
+        const int64_t N = model.tokens, R = model.logit_rows, C = model.channels,
+                      Vp = model.padded_vocab_size;
         std::vector<MatmulKey> keys = {
             forward_key(N, C, 3 * C, MatmulEpilogue::Bias),      // qkv
             forward_key(N, C, C, MatmulEpilogue::Bias),          // attproj
             forward_key(N, C, 4 * C, MatmulEpilogue::GeluBias),  // fc
             forward_key(N, 4 * C, C, MatmulEpilogue::Bias),      // fcproj
-            dgrad_key(N, C, 3 * C, MatmulEpilogue::None),    dgrad_key(N, C, C, MatmulEpilogue::None),
-            dgrad_key(N, C, 4 * C, MatmulEpilogue::None),    dgrad_key(N, 4 * C, C, MatmulEpilogue::Dgelu),
-            dgrad_key(R, Vp, C, MatmulEpilogue::None),       forward_key(R, Vp, C, MatmulEpilogue::None),  // head
+            dgrad_key(N, C, 3 * C, MatmulEpilogue::None),
+            dgrad_key(N, C, C, MatmulEpilogue::None),
+            dgrad_key(N, C, 4 * C, MatmulEpilogue::None),
+            dgrad_key(N, 4 * C, C, MatmulEpilogue::Dgelu),
+            dgrad_key(R, Vp, C, MatmulEpilogue::None),
+            forward_key(R, Vp, C, MatmulEpilogue::None),  // head
         };
         for (Write write : {Write::Assign, Write::Add}) {
             if (write == Write::Add && !model.accumulate) continue;
-            for (int64_t width : {int64_t{3}, int64_t{1}, int64_t{4}}) keys.push_back(wgrad_key(width * C, C, N, write));
+            for (int64_t width : {int64_t{3}, int64_t{1}, int64_t{4}})
+                keys.push_back(wgrad_key(width * C, C, N, write));
             keys.push_back(wgrad_key(C, 4 * C, N, write));
             keys.push_back(wgrad_key(C, Vp, R, write));
         }
@@ -447,19 +474,21 @@ class Matmuls {
         for (const auto& [key, plan] : plans_) lines.push_back(plan.text());
         return lines;
     }
-    // Plans of an earlier run, from record(): used for their products instead of choosing anew. Before the first product.
+    // Plans of an earlier run, from record(): used for their products instead of choosing anew. Before the
+    // first product.
     void replay(const std::vector<std::string>& lines) {
         for (const std::string& line : lines) {
             std::string key;
             MatmulSettings settings;
-            if (!parse_plan(key, settings, line)) fatal("matmul plan '%s': not one that this program wrote", line.c_str());
+            if (!parse_plan(key, settings, line))
+                fatal("matmul plan '%s': not one that this program wrote", line.c_str());
             replayed_[key] = settings;
         }
     }
     const std::map<MatmulKey, MatmulPlan>& plans() const { return plans_; }
 
-    // Keys of the three layouts, in the model's terms: out (N, OC) = inp (N, C) weight, dinp (N, C) = dout (N, OC)
-    // weight^T, dweight (rows, cols) over N.
+    // Keys of the three layouts, in the model's terms: out (N, OC) = inp (N, C) weight, dinp (N, C) = dout
+    // (N, OC) weight^T, dweight (rows, cols) over N.
     static MatmulKey forward_key(int64_t N, int64_t C, int64_t OC, MatmulEpilogue epilogue) {
         return {MatmulLayout::NN, epilogue, false, Write::Assign, size_t(OC), size_t(N), size_t(C)};
     }
@@ -475,13 +504,15 @@ class Matmuls {
         const auto found = plans_.find(key);
         if (found != plans_.end()) return found->second;
         const size_t multiple = kMatmulAlignment / sizeof(floatX);
-        if (key.m == 0 || key.n == 0 || key.k == 0) fatal("product %s: a dimension is zero", text_of_key(key).c_str());
+        if (key.m == 0 || key.n == 0 || key.k == 0)
+            fatal("product %s: a dimension is zero", text_of_key(key).c_str());
         if (key.m % multiple || (key.layout == MatmulLayout::NT ? key.n : key.k) % multiple)
             fatal("product %s: widths must be multiples of %zu", text_of_key(key).c_str(), multiple);
         cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
         CUDA_CHECK(cudaStreamIsCapturing(gpu.stream, &capturing));
         if (capturing != cudaStreamCaptureStatusNone)
-            fatal("product %s has no plan, and none can be made while a graph is captured", text_of_key(key).c_str());
+            fatal("product %s has no plan, and none can be made while a graph is captured",
+                  text_of_key(key).c_str());
         return plans_.emplace(key, choose(key, gpu)).first->second;
     }
 
@@ -498,8 +529,11 @@ class Matmuls {
         if (const auto recorded = replayed_.find(name); recorded != replayed_.end()) {
             auto plan = make_plan(key, recorded->second, SIZE_MAX, gpu);
             if (plan && (may_fuse || !plan->settings.fused)) return std::move(*plan);
-            warn("matmul plan %s of an earlier run can't be used with this GPU, library or options; results may differ in "
-                 "the last bits", name.c_str());
+            warn(
+                "matmul plan %s of an earlier run can't be used with this GPU, library or options; results "
+                "may differ in "
+                "the last bits",
+                name.c_str());
         }
         if (tuning_.measure)
             if (const MatmulSettings* remembered = cache(gpu).find(name))
@@ -509,10 +543,12 @@ class Matmuls {
         std::vector<MatmulPlan> plans;
         auto add = [&](bool fused) {
             for (const MatmulSettings& settings : heuristic_settings(key, fused, count, workspace_bytes, gpu))
-                if (auto plan = make_plan(key, settings, workspace_bytes, gpu)) plans.push_back(std::move(*plan));
+                if (auto plan = make_plan(key, settings, workspace_bytes, gpu))
+                    plans.push_back(std::move(*plan));
         };
         if (may_fuse) add(true);
-        // Where the library offers one algorithm it is taken at its word; where it has none, the epilogue is ours.
+        // Where the library offers one algorithm it is taken at its word; where it has none, the epilogue is
+        // ours.
         if (key.epilogue != MatmulEpilogue::None && plans.size() != 1) add(false);
         if (plans.empty()) fatal("cuBLASLt has no algorithm for product %s", name.c_str());
         if (!tuning_.measure || plans.size() == 1) return std::move(plans[0]);
@@ -524,7 +560,8 @@ class Matmuls {
         }
         const size_t chosen = measure_plans(plans, memory.operands(), gpu);
         cache(gpu).remember(name, plans[chosen].settings);
-        cache(gpu).save();
+        if (!cache(gpu).save() && !std::exchange(unsaved_, true))
+            warn("matmul plans can't be kept in %s; the next run measures again", tuning_.cache_path.c_str());
         return std::move(plans[chosen]);
     }
 
@@ -537,6 +574,8 @@ class Matmuls {
                            text_of("%s driver %d cublaslt %zu workspace %zu candidates %d fuse_gelu %d",
                                    gpu.properties.name, driver, cublasLtGetVersion(), workspace_bytes,
                                    tuning_.candidates, tuning_.fuse_gelu));
+            if (const std::string& complaint = cache_->complaint(); !complaint.empty())
+                warn("matmul plans: %s; products are measured anew", complaint.c_str());
         }
         return *cache_;
     }
@@ -545,4 +584,5 @@ class Matmuls {
     std::map<MatmulKey, MatmulPlan> plans_;
     std::map<std::string, MatmulSettings> replayed_;
     std::optional<MatmulCache> cache_;
+    bool unsaved_ = false;  // said once
 };

@@ -1,10 +1,11 @@
-// How a matrix product is computed, as a value and as a line of text: the settings that make a cuBLASLt algorithm, so
-// that a run's choices can be logged, sent to other ranks and used again, and the file that remembers measured ones.
+// How a matrix product is computed, as a value and as a line of text: the settings that make a cuBLASLt
+// algorithm, so that a run's choices can be logged, sent to other ranks and used again, and the file that
+// remembers measured ones.
 //
 //     nn 3072x65536x768 bf16>bf16 gelu_bias assign = algo 66 tile 20 stages 36 splitk 1 ... cluster 2 fused 1
 //
-// Host only. Settings mean something to one version of cuBLASLt on one GPU; whoever uses a line again has it checked
-// by cublasLtMatmulAlgoCheck first (matmul.cuh).
+// Host only. Settings mean something to one version of cuBLASLt on one GPU; whoever uses a line again has it
+// checked by cublasLtMatmulAlgoCheck first (matmul.cuh).
 #pragma once
 
 #include <compare>     // operator<=>
@@ -20,14 +21,13 @@
 #include <unistd.h>    // getpid
 
 #include <cublasLt.h>    // the names of an algorithm's settings
-#include "llmc/fatal.h"  // warn
 #include "llmc/file.h"   // File, text_of
 #include "llmc/gpu.cuh"  // kPrecisionName, Write
 
-// ---- what is computed ------------------------------------------------------------------------------------------------
+// ---- what is computed -------------------------------------------------------------------------------------
 
-// Operands as cuBLASLt sees them, which reads our row-major tensors as their column-major transposes: D (m, n) =
-// op(A) (m, k) op(B) (k, n). First letter: A as stored (N) or transposed (T); second: B.
+// Operands as cuBLASLt sees them, which reads our row-major tensors as their column-major transposes:
+// D (m, n) = op(A) (m, k) op(B) (k, n). First letter: A as stored (N) or transposed (T); second: B.
 enum class MatmulLayout { NN, TN, NT };
 
 // What follows the product before it is rounded and stored.
@@ -53,11 +53,11 @@ inline std::string text_of_key(const MatmulKey& key) {
     constexpr const char* kLayouts[] = {"nn", "tn", "nt"};
     constexpr const char* kEpilogues[] = {"none", "bias", "gelu_bias", "dgelu"};
     return text_of("%s %zux%zux%zu %s>%s %s %s", kLayouts[static_cast<int>(key.layout)], key.m, key.n, key.k,
-                   kPrecisionName, key.fp32_out ? "fp32" : kPrecisionName, kEpilogues[static_cast<int>(key.epilogue)],
-                   key.write == Write::Add ? "add" : "assign");
+                   kPrecisionName, key.fp32_out ? "fp32" : kPrecisionName,
+                   kEpilogues[static_cast<int>(key.epilogue)], key.write == Write::Add ? "add" : "assign");
 }
 
-// ---- how -------------------------------------------------------------------------------------------------------------
+// ---- how --------------------------------------------------------------------------------------------------
 
 struct MatmulSettings {
     int32_t algorithm = -1;
@@ -70,8 +70,8 @@ struct MatmulSettings {
     bool operator==(const MatmulSettings&) const = default;
 };
 
-// The settings exist once: f(name, attribute, value) for each that cuBLASLt knows, the algorithm's number first. Written
-// and parsed as text, read from and set in an algorithm by walking this.
+// The settings exist once: f(name, attribute, value) for each that cuBLASLt knows, the algorithm's number
+// first. Written and parsed as text, read from and set in an algorithm by walking this.
 template <class Settings, class F>
 inline void each_setting(Settings& s, F f) {
     f("algo", CUBLASLT_ALGO_CONFIG_ID, s.algorithm);
@@ -120,7 +120,7 @@ inline bool parse_plan(std::string& key, MatmulSettings& settings, const std::st
     return true;
 }
 
-// ---- the file that remembers -----------------------------------------------------------------------------------------
+// ---- the file that remembers ------------------------------------------------------------------------------
 
 // Where measured plans are kept between runs; empty, and so nowhere, for a user without a home.
 inline std::string default_matmul_cache_path() {
@@ -131,21 +131,22 @@ inline std::string default_matmul_cache_path() {
     return "";
 }
 
-// A text file: a title, then a line a plan: device TAB plan TAB checksum. Rows of other devices are kept, so that
-// machines may share a home. It is a convenience: a failure to read or write it is one warning, and the program goes on.
+// A text file: a title, then a line a plan: device TAB plan TAB checksum. Rows of other devices are kept, so
+// that machines may share a home. It is a convenience: a failure to read or write it never ends the program.
 class MatmulCache {
   public:
-    // `device` holds all that a measurement depends on beside the key: GPU, driver, library, workspace, candidates.
-    // An empty path is a cache that is always empty. A damaged file is ignored and replaced; one that isn't ours is
-    // ignored and left alone.
+    // `device` holds all that a measurement depends on beside the key: GPU, driver, library, workspace,
+    // candidates. An empty path is a cache that is always empty. A damaged file is ignored and replaced; one
+    // that isn't ours is ignored and left alone.
     MatmulCache(const std::string& path, const std::string& device) : path_(path), device_(device) {
         std::error_code nothing;
         if (path_.empty() || !std::filesystem::exists(path_, nothing)) return;
-        const std::string error = load(rows_);
-        if (error.empty()) return;
-        warn("matmul plans: %s; products are measured anew", error.c_str());
-        rows_.clear();
+        complaint_ = load(rows_);
+        if (!complaint_.empty()) rows_.clear();
     }
+
+    // What is wrong with the file, for one line of warning; empty where it was read, or isn't there.
+    const std::string& complaint() const { return complaint_; }
 
     // The settings remembered for a product on this device, or null.
     const MatmulSettings* find(const std::string& key) const {
@@ -159,8 +160,10 @@ class MatmulCache {
     }
 
     // Replaces the file in one step, if there is something new; what another process wrote meanwhile stays.
-    void save() {
-        if (!changed_ || path_.empty() || foreign_) return;
+    // False, and the file as it was, where that can't be done.
+    bool save() {
+        if (!changed_ || path_.empty()) return true;
+        if (foreign_) return false;
         changed_ = false;
         std::error_code error;
         std::filesystem::create_directories(std::filesystem::path(path_).parent_path(), error);
@@ -168,7 +171,7 @@ class MatmulCache {
         if (!std::filesystem::exists(path_, error) || !load(all).empty()) all.clear();
         for (const auto& [key, settings] : rows_)
             if (key.first == device_) all[key] = settings;
-        if (foreign_) return;
+        if (foreign_) return false;
         std::string text = std::string(kTitle) + "\n";
         for (const auto& [key, settings] : all) {
             const std::string row = key.first + "\t" + key.second + " = " + text_of_settings(settings);
@@ -179,9 +182,9 @@ class MatmulCache {
         std::string failure = file.create(temporary);
         if (failure.empty()) failure = file.write(text.data(), text.size());
         if (file.is_open() && failure.empty()) failure = file.sync_and_close();
-        if (failure.empty() && std::rename(temporary.c_str(), path_.c_str()) == 0) return;
+        if (failure.empty() && std::rename(temporary.c_str(), path_.c_str()) == 0) return true;
         std::remove(temporary.c_str());
-        warn("matmul plans: cannot keep them in %s; the next run measures again", path_.c_str());
+        return false;
     }
 
   private:
@@ -205,8 +208,10 @@ class MatmulCache {
         std::istringstream lines(text);
         std::string line;
         std::getline(lines, line);
-        foreign_ = line != kTitle && std::string(kTitle).rfind(text, 0) != 0;  // a title cut short is damage of ours
-        if (foreign_) return path_ + " does not begin with '" + kTitle + "': not written by this program, left alone";
+        foreign_ =
+            line != kTitle && std::string(kTitle).rfind(text, 0) != 0;  // a title cut short is damage of ours
+        if (foreign_)
+            return path_ + " does not begin with '" + kTitle + "': not written by this program, left alone";
         if (line != kTitle) return path_ + " is damaged in line 1";
         for (int number = 2; std::getline(lines, line); number++) {
             const size_t second = line.rfind('\t'), first = line.find('\t');
@@ -221,7 +226,7 @@ class MatmulCache {
         return "";
     }
 
-    std::string path_, device_;
+    std::string path_, device_, complaint_;
     Rows rows_;
     bool changed_ = false, foreign_ = false;
 };

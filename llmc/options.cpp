@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <charconv>
-#include <cxxopts.hpp>
 #include <numeric>
+
+#define CXXOPTS_NO_REGEX  // its own small parser: std::regex costs seconds of compiling
+#include <cxxopts.hpp>
 
 #include "llmc/fatal.h"
 #include "llmc/file.h"  // text_of
@@ -246,15 +248,15 @@ constexpr const char* kHelpHead = R"(Pretrains GPT-2 with OPTIMIZER.
 Usage: PROGRAM --train-data GLOB [--flag value ...]
 
 First run, a small model on bytes of Shakespeare (make demo does this, for both optimizers):
-  data/shakespeare.py --tokenizer bytes
+  .venv/bin/python data/shakespeare.py --tokenizer bytes
   PROGRAM --train-data 'data/shakespeare_bytes/train_*.bin' \
       --val-data 'data/shakespeare_bytes/val_*.bin' --vocab-size 256 --layers 4 --channels 128 \
       --heads 2 --seq-len 128 --steps 240 --learning-rate SMALL_LR --output-dir out/first
 
 GPT-2 124M on one GPU, half a million tokens an update:
   PROGRAM --train-data 'data/shakespeare_gpt2/train_*.bin' \
-      --val-data 'data/shakespeare_gpt2/val_*.bin' --model d12 --batch-size 32 --total-batch 524288 \
-      --output-dir out/124m
+      --val-data 'data/shakespeare_gpt2/val_*.bin' --model d12 --batch-size 32 \
+      --total-batch 524288 --output-dir out/124m
 
 Fine-tuning, from a GPT-2 directory of Hugging Face's (config.json, model.safetensors):
   PROGRAM --init-from gpt2/ --train-data 'data/mine/train_*.bin' \

@@ -4,7 +4,7 @@
 // All words take generic pointers; the conversion to 32-bit shared addresses stays in here. dev/kernels/ptx.cu
 // tests each word alone against the index formulas of the PTX ISA, on a GPU and in the simulator.
 //
-// Source: PTX ISA 8.x, the sections named at each word. Everything here is sm_80 and up.
+// Source: PTX ISA 8.x, the sections named at each word. All but the last section is sm_80 and up.
 #pragma once
 #include <cstdint>
 #include <cuda_bf16.h>
@@ -87,9 +87,99 @@ __device__ inline uint32_t pack_bf16(float lo, float hi) {
     return packed;
 }
 
+// x, as a value of its own to the compiler: what depends on it is computed where it stands, not kept in registers since an
+// earlier use. For kernels that need every register.
+__device__ inline int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // A barrier of the first `threads` threads that name it, a multiple of 32; id 1 .. 15 (0 is __syncthreads). (bar.sync)
 __device__ inline void barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+
+// ---- sm_90a: products of a warpgroup ----------------------------------------------------------------------------------
+//
+// Four consecutive warps, the first a multiple of 4, multiply together; warp w of them has rows 16 w .. 16 w + 15 of the left
+// operand and the result, both laid out as in mma_m16n8k16. The right operand is read from shared memory by the tensor
+// core itself: a tile of 128-byte rows from a 1024-byte boundary on, whose row r keeps its 16-byte chunk c at place
+// c ^ (r % 8) (PTX ISA, "128-Byte swizzling mode"). Built for other architectures they trap.
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PTX_SM90A(...) asm volatile(__VA_ARGS__)
+#else
+#define PTX_SM90A(...) __trap()
+#endif
+
+// Ordinary and cp.async writes of this thread to shared memory before it are seen by warpgroup products after it (and after
+// a barrier, where other threads start them). (fence.proxy.async)
+__device__ inline void fence_async_proxy() { PTX_SM90A("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Registers written before it may be operands of products after it. (wgmma.fence)
+__device__ inline void wgmma_fence() { PTX_SM90A("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Closes the group of the warpgroup's products since the last commit. (wgmma.commit_group)
+__device__ inline void wgmma_commit() { PTX_SM90A("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits for all groups. d stands for the accumulators that are complete after it: none of their uses moves before it, which
+// the compiler would do, since it takes a product for done when it is started. (wgmma.wait_group)
+__device__ inline void wgmma_wait_all(float (&d)[8][4]) {
+    PTX_SM90A("wgmma.wait_group.sync.aligned 0;"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
+          "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
+          "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
+          "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
+        :
+        : "memory");
+}
+
+// The matrix descriptor of a tile's block that starts at `block`: address / 16 in bits 0 .. 13, 1024 bytes from eight rows to
+// the next eight in bits 32 .. 45, swizzle mode 1 (128 bytes) in bits 62 .. 63. (PTX ISA, "Matrix Descriptor Format")
+__device__ inline uint64_t matrix_descriptor(const void* block) {
+    return static_cast<uint64_t>(shared_address(block) >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
+           uint64_t{1} << 62;
+}
+
+// d (64, 64) = or, kAdd, += a (64, 16) times the transpose of the tile's block of 64 rows and 16 columns from `column` on.
+// Starts the product; it is done after wgmma_commit and wgmma_wait_all. (wgmma.mma_async.m64n64k16, B K-major)
+template <bool kAdd>
+__device__ inline void wgmma_transposed(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile, int column) {
+    PTX_SM90A("{ .reg .pred add; setp.ne.b32 add, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, add, 1, 1, 0; }"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
+          "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
+          "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
+          "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(tile + 2 * column)), "n"(kAdd ? 1 : 0));
+}
+
+// d (64, 64) += a (64, 16) times the tile's 16 rows from `row` on, 64 columns. (the same, B MN-major)
+__device__ inline void wgmma(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile, int row) {
+    PTX_SM90A("{ .reg .pred add; setp.ne.b32 add, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, add, 1, 1, 1; }"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
+          "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
+          "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
+          "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(tile + 128 * row)), "n"(1));
+}
+#undef PTX_SM90A
 
 }  // namespace ptx

@@ -29,9 +29,11 @@ __host__ __device__ inline float uniform_open(uint32_t bits) {
     return (static_cast<float>(bits >> 8) + 0.5f) * (1.0f / 16777216.0f);
 }
 
-// Two standard normal numbers of two words (Box and Muller 1958).
-__host__ __device__ inline float2 normal_pair(uint32_t a, uint32_t b) {
+// Two standard normal numbers of two words (Box and Muller 1958). sincospif, since it reduces its argument without the
+// table in local memory that sinf has for large ones.
+__device__ inline float2 normal_pair(uint32_t a, uint32_t b) {
     const float radius = sqrtf(-2.0f * logf(uniform_open(a)));
-    const float angle = 6.283185307179586f * uniform_open(b);
-    return float2{radius * cosf(angle), radius * sinf(angle)};
+    float sine, cosine;
+    sincospif(2.0f * uniform_open(b), &sine, &cosine);
+    return float2{radius * cosine, radius * sine};
 }

@@ -1,10 +1,12 @@
-// Reads and writes safetensors files: 8 bytes of header length (little-endian), the header in JSON, then the data.
-//   {"__metadata__": {text: text}, NAME: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
+// Reads and writes safetensors files: 8 bytes of header length (little-endian), the header in JSON, then the
+// data.
+//   {"__metadata__": {TEXT: TEXT}, NAME: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}}
 // Offsets count from the end of the header; the tensors cover the data without holes or overlaps.
 // Source: the format's description in huggingface/safetensors, README.md, "Format".
 //
-// A file is believed in nothing: every length is compared with the file's own size before anything is allocated for it.
-// Errors are returned as one line of text that names the file; empty means that all went well.
+// A file is believed in nothing: every length is compared with the file's own size before anything is
+// allocated for it. Errors are returned as one line of text that names the file; empty means that all went
+// well.
 #pragma once
 
 #include <algorithm>
@@ -19,17 +21,18 @@
 #include "llmc/file.h"
 #include "llmc/json.h"
 
-static_assert(std::endian::native == std::endian::little, "the format is little-endian, and data is copied as it lies");
+static_assert(std::endian::native == std::endian::little,
+              "the format is little-endian, and data is copied as it lies");
 
-// ---- types ----------------------------------------------------------------------------------------------------------
+// ---- types ------------------------------------------------------------------------------------------------
 
 struct FileDtype {
     const char* name;
     uint32_t bytes;
 };
-constexpr FileDtype kFileDtypes[] = {{"F32", 4},     {"F16", 2}, {"BF16", 2}, {"F64", 8}, {"I64", 8},
-                                     {"I32", 4},     {"I16", 2}, {"I8", 1},   {"U64", 8}, {"U32", 4},
-                                     {"U16", 2},     {"U8", 1},  {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
+constexpr FileDtype kFileDtypes[] = {{"F32", 4}, {"F16", 2}, {"BF16", 2}, {"F64", 8},     {"I64", 8},
+                                     {"I32", 4}, {"I16", 2}, {"I8", 1},   {"U64", 8},     {"U32", 4},
+                                     {"U16", 2}, {"U8", 1},  {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
 constexpr const FileDtype* kF32 = &kFileDtypes[0];
 constexpr const FileDtype* kF16 = &kFileDtypes[1];
 constexpr const FileDtype* kBF16 = &kFileDtypes[2];
@@ -37,27 +40,28 @@ constexpr const FileDtype* kBF16 = &kFileDtypes[2];
 // A bfloat16 is the upper half of the float with the same value. Exact.
 inline float float_of_bf16(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
 
-// The float with the value of an IEEE half: 1 sign, 5 exponent (bias 15), 10 fraction bits. Exact, subnormals too.
+// The float with the value of an IEEE half: 1 sign, 5 exponent (bias 15), 10 fraction bits. Exact, subnormals
+// too.
 inline float float_of_f16(uint16_t bits) {
     const uint32_t sign = uint32_t{bits} >> 15 << 31, exponent = bits >> 10 & 31, fraction = bits & 1023;
-    if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | fraction << 13);   // infinite or NaN
+    if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | fraction << 13);  // infinite or NaN
     if (exponent > 0) return std::bit_cast<float>(sign | (exponent + 127 - 15) << 23 | fraction << 13);
-    const float magnitude = static_cast<float>(fraction) * 0x1p-24f;   // fraction * 2^-10 * 2^-14: both exact
+    const float magnitude = static_cast<float>(fraction) * 0x1p-24f;  // fraction * 2^-10 * 2^-14: both exact
     return sign ? -magnitude : magnitude;
 }
 
-// ---- the header -----------------------------------------------------------------------------------------------------
+// ---- the header -------------------------------------------------------------------------------------------
 
 // One tensor as a header describes it.
 struct FileTensor {
     std::string name;
     const FileDtype* dtype = kF32;
-    std::vector<uint64_t> shape;   // empty: one number
-    uint64_t begin = 0, end = 0;   // bytes from the end of the header
+    std::vector<uint64_t> shape;  // empty: one number
+    uint64_t begin = 0, end = 0;  // bytes from the end of the header
     uint64_t elements() const { return (end - begin) / dtype->bytes; }
 };
 
-constexpr uint64_t kLargestHeader = uint64_t{16} << 20;   // GPT-2 with 48 layers takes 60 KB
+constexpr uint64_t kLargestHeader = uint64_t{16} << 20;  // GPT-2 with 48 layers takes 60 KB
 
 // "(50257, 768)"
 inline std::string shape_text(const std::vector<uint64_t>& shape) {
@@ -103,10 +107,12 @@ inline std::string parse_file_tensor(FileTensor& out, const std::string& name, c
 
     uint64_t bytes = known->bytes;
     for (uint64_t size : out.shape)
-        if (__builtin_mul_overflow(bytes, size, &bytes)) return who + "shape " + shape_text(out.shape) + " overflows";
+        if (__builtin_mul_overflow(bytes, size, &bytes))
+            return who + "shape " + shape_text(out.shape) + " overflows";
     if (bytes != out.end - out.begin)
-        return who + text_of("shape %s of %s takes %llu bytes, its offsets span %llu", shape_text(out.shape).c_str(),
-                             known->name, bytes + 0ULL, out.end - out.begin + 0ULL);
+        return who + text_of("shape %s of %s takes %llu bytes, its offsets span %llu",
+                             shape_text(out.shape).c_str(), known->name, bytes + 0ULL,
+                             out.end - out.begin + 0ULL);
     return "";
 }
 
@@ -115,12 +121,14 @@ inline std::string check_layout(const std::vector<FileTensor>& tensors, uint64_t
     uint64_t end = 0;
     for (const FileTensor& t : tensors) {
         if (t.begin != end)
-            return text_of("tensor \"%s\" begins at byte %llu of the data, %s byte %llu, where the one before it ends",
-                           printable(t.name).c_str(), t.begin + 0ULL, t.begin < end ? "before" : "after", end + 0ULL);
+            return text_of(
+                "tensor \"%s\" begins at byte %llu of the data, %s byte %llu, where the one before it ends",
+                printable(t.name).c_str(), t.begin + 0ULL, t.begin < end ? "before" : "after", end + 0ULL);
         end = t.end;
     }
     if (end == data_bytes) return "";
-    return text_of("the tensors end at byte %llu of the data, %llu bytes trail", end + 0ULL, data_bytes - end + 0ULL);
+    return text_of("the tensors end at byte %llu of the data, %llu bytes trail", end + 0ULL,
+                   data_bytes - end + 0ULL);
 }
 
 // out = the tensors of a header in the order of their data. data_bytes: what the file holds after the header.
@@ -134,11 +142,14 @@ inline std::string parse_safetensors_header(std::vector<FileTensor>& out, std::s
     for (size_t i = 0; i < json.items.size(); i++) {
         if (json.keys[i] == "__metadata__") {
             const auto& items = json.items[i].items;
-            const bool texts = std::all_of(items.begin(), items.end(), [](auto& v) { return v.is(Json::Kind::string); });
-            if (!json.items[i].is(Json::Kind::object) || !texts) return "__metadata__ is not an object of strings";
+            const bool texts =
+                std::all_of(items.begin(), items.end(), [](auto& v) { return v.is(Json::Kind::string); });
+            if (!json.items[i].is(Json::Kind::object) || !texts)
+                return "__metadata__ is not an object of strings";
             continue;
         }
-        const std::string error = parse_file_tensor(out.emplace_back(), json.keys[i], json.items[i], data_bytes);
+        const std::string error =
+            parse_file_tensor(out.emplace_back(), json.keys[i], json.items[i], data_bytes);
         if (!error.empty()) return error;
     }
     // By the end too, so that an empty tensor comes before the one that begins at the same byte.
@@ -148,7 +159,7 @@ inline std::string parse_safetensors_header(std::vector<FileTensor>& out, std::s
     return check_layout(out, data_bytes);
 }
 
-// ---- reading --------------------------------------------------------------------------------------------------------
+// ---- reading ----------------------------------------------------------------------------------------------
 
 // An open file: the header is read and checked, the data stays on the disk until it is asked for.
 class SafetensorsFile {
@@ -166,9 +177,10 @@ class SafetensorsFile {
         error = file_.read_at(&header_bytes, sizeof(header_bytes), 0);
         if (!error.empty()) return error;
         if (header_bytes > file_bytes - sizeof(header_bytes) || header_bytes > kLargestHeader)
-            return text_of("%s: its header is to have %llu bytes, the file has %llu and a header at most %llu: "
-                           "truncated, or not a safetensors file",
-                           path.c_str(), header_bytes + 0ULL, file_bytes + 0ULL, kLargestHeader + 0ULL);
+            return text_of(
+                "%s: its header is to have %llu bytes, the file has %llu and a header at most %llu: "
+                "truncated, or not a safetensors file",
+                path.c_str(), header_bytes + 0ULL, file_bytes + 0ULL, kLargestHeader + 0ULL);
         std::string header(header_bytes, '\0');
         error = file_.read_at(header.data(), header_bytes, sizeof(header_bytes));
         if (!error.empty()) return error;
@@ -177,7 +189,8 @@ class SafetensorsFile {
         return error.empty() ? "" : path + ": " + error;
     }
 
-    // out (count) = elements first .. first + count of t, one of tensors(), as floats. Exact: F32, F16 and BF16 alone.
+    // out (count) = elements first .. first + count of t, one of tensors(), as floats. Exact: F32, F16 and
+    // BF16 alone.
     std::string read(float* out_cpu, const FileTensor& t, uint64_t first, uint64_t count) const {
         if (t.dtype != kF32 && t.dtype != kF16 && t.dtype != kBF16)
             return text_of("%s: tensor \"%s\" is of type %s: wants F32, F16 or BF16", path().c_str(),
@@ -186,7 +199,8 @@ class SafetensorsFile {
         if (t.dtype == kF32) return file_.read_at(out_cpu, count * sizeof(float), offset);
 
         // The halves are read into the upper half of out and widened from the front: element i lands in bytes
-        // 4 i .. 4 i + 4, the halves not yet read begin at 2 count + 2 i + 2, never below 4 i + 4 while i < count.
+        // 4 i .. 4 i + 4, the halves not yet read begin at 2 count + 2 i + 2, never below 4 i + 4 while i <
+        // count.
         char* const halves = reinterpret_cast<char*>(out_cpu) + count * sizeof(uint16_t);
         const std::string error = file_.read_at(halves, count * sizeof(uint16_t), offset);
         if (!error.empty()) return error;
@@ -204,7 +218,7 @@ class SafetensorsFile {
     std::vector<FileTensor> tensors_;
 };
 
-// ---- writing --------------------------------------------------------------------------------------------------------
+// ---- writing ----------------------------------------------------------------------------------------------
 
 // A tensor to be written; its place in the file follows from the order.
 struct NewTensor {
@@ -218,7 +232,8 @@ struct NewTensor {
     }
 };
 
-// Fills out with `bytes` bytes of tensors[tensor] from byte `first` on; both are multiples of its element's size.
+// Fills out with `bytes` bytes of tensors[tensor] from byte `first` on; both are multiples of its element's
+// size.
 using TensorSource = std::function<void(void* out_cpu, size_t tensor, uint64_t first, uint64_t bytes)>;
 
 // The length and the header, padded with spaces so that the data begins at a multiple of 8.
@@ -232,7 +247,9 @@ inline std::string safetensors_head(const std::vector<NewTensor>& tensors) {
         offsets.push(end).push(end + t.bytes());
         end += t.bytes();
         Json entry = Json::object();
-        entry.add("dtype", t.dtype->name).add("shape", std::move(shape)).add("data_offsets", std::move(offsets));
+        entry.add("dtype", t.dtype->name)
+            .add("shape", std::move(shape))
+            .add("data_offsets", std::move(offsets));
         header.add(t.name, std::move(entry));
     }
     std::string text = json_text(header);
@@ -241,8 +258,9 @@ inline std::string safetensors_head(const std::vector<NewTensor>& tensors) {
     return std::string(reinterpret_cast<const char*>(&header_bytes), sizeof(header_bytes)) + text;
 }
 
-// Writes a file of these tensors, in this order, and waits until it is on the disk. The data passes through one buffer of
-// at most 16 MiB. Names must differ, and the larger types should come first: then every tensor is aligned to its type.
+// Writes a file of these tensors, in this order, and waits until it is on the disk. The data passes through
+// one buffer of at most 16 MiB. Names must differ, and the larger types should come first: then every tensor
+// is aligned to its type.
 inline std::string write_safetensors(const std::string& path, const std::vector<NewTensor>& tensors,
                                      const TensorSource& source) {
     constexpr uint64_t kBufferBytes = uint64_t{16} << 20;

@@ -10,18 +10,20 @@
 #include <vector>
 #include "llmc/grad_norm.cuh"  // StepState, DeviceTable
 
-// One update of the weights. All pointers are device memory; arenas have Np elements, pads are neither read nor written.
+// One update of the weights. All pointers are device memory; arenas have Np elements, pads are neither read
+// nor written.
 struct Update {
-    floatX* weights;         // written: the master rounded to nearest; the same memory as master in the fp32 build
-    float* master;           // read and written
-    const float* gradient;   // the whole step's, unclipped; read
-    StepState* state;        // grad_norm() wrote it for this step; the optimizer counts applied_updates
+    floatX* weights;  // written: the master rounded to nearest; the same memory as master in the fp32 build
+    float* master;    // read and written
+    const float* gradient;  // the whole step's, unclipped; read
+    StepState* state;       // grad_norm() wrote it for this step; the optimizer counts applied_updates
     const DeviceTable* table;
-    double learning_rate;    // of this update, after the schedule
+    double learning_rate;  // of this update, after the schedule
 };
 
 // One piece of an optimizer's state, for checkpoints and the memory report: fp32 on the device.
-enum class StateLayout { Arena, Block };  // elements lie as the parameters do (Np), or one a TensorBlock, in its order
+// Arena: elements lie as the parameters do (Np). Block: one a TensorBlock, in their order.
+enum class StateLayout { Arena, Block };
 struct StateTensor {
     const char* name;
     float* data;
@@ -30,13 +32,14 @@ struct StateTensor {
     size_t bytes() const { return elements * sizeof(float); }
 };
 
-// What an optimizer has to tell after its first applied update: a row a tensor and layer, in the arena's order.
+// What an optimizer has to tell after its first applied update: a row a tensor and layer, in the arena's
+// order.
 struct GainRow {
     std::string tensor;  // its Hugging Face name
     std::string type;    // "qkvw": the same for all layers
     uint64_t n;
     float gsnr, gain;
-    bool zero;           // its first gradient was all zero, gsnr is sqrt(n) instead
+    bool zero;  // its first gradient was all zero, gsnr is sqrt(n) instead
 };
 struct GainReport {
     std::string rule;    // --gain
@@ -44,13 +47,15 @@ struct GainReport {
     std::vector<GainRow> rows;
 };
 
-// The report as a table, a line a type of tensor: layers, n, sqrt(n), the range of g-SNR and of the gain over its layers.
+// The report as a table, a line a type of tensor: layers, n, sqrt(n), the range of g-SNR and of the gain over
+// its layers.
 inline std::string gain_table(const GainReport& report) {
     char line[160];
-    std::snprintf(line, sizeof(line), "g-SNR of the first gradient, --gain %s, largest %.6g\n", report.rule.c_str(),
-                  static_cast<double>(report.largest_gsnr));
+    std::snprintf(line, sizeof(line), "g-SNR of the first gradient, --gain %s, largest %.6g\n",
+                  report.rule.c_str(), static_cast<double>(report.largest_gsnr));
     std::string text = line;
-    std::snprintf(line, sizeof(line), "%-9s %6s %12s %10s %23s %25s\n", "tensor", "blocks", "n", "sqrt(n)", "g-SNR", "gain");
+    std::snprintf(line, sizeof(line), "%-9s %6s %12s %10s %23s %25s\n", "tensor", "blocks", "n", "sqrt(n)",
+                  "g-SNR", "gain");
     text += line;
     std::vector<std::string> types;
     for (const GainRow& row : report.rows)
@@ -67,8 +72,8 @@ inline std::string gain_table(const GainReport& report) {
         }
         auto range = [](float low, float high) {
             char both[64];
-            if (low == high) std::snprintf(both, sizeof(both), "%.5g", static_cast<double>(low));
-            else std::snprintf(both, sizeof(both), "%.5g .. %.5g", static_cast<double>(low), static_cast<double>(high));
+            const char* format = low == high ? "%.5g" : "%.5g .. %.5g";  // one number needs the first only
+            std::snprintf(both, sizeof(both), format, static_cast<double>(low), static_cast<double>(high));
             return std::string(both);
         };
         std::snprintf(line, sizeof(line), "%-9s %6d %12llu %10.1f %23s %25s\n", type.c_str(), blocks,
@@ -76,10 +81,11 @@ inline std::string gain_table(const GainReport& report) {
                       range(gsnr_min, gsnr_max).c_str(), range(gain_min, gain_max).c_str());
         text += line;
     }
+    text.pop_back();  // the last line break: who prints it ends the line
     return text;
 }
 
-// ---- checks that the optimizers share ---------------------------------------------------------------------------------
+// ---- checks that the optimizers share ---------------------------------------------------------------------
 
 // Elements of the arena that holds the blocks, pads included.
 inline size_t arena_elements(const std::vector<TensorBlock>& blocks) {
@@ -93,14 +99,16 @@ inline void check_decay(double learning_rate, double weight_decay) {
     if (!(learning_rate > 0)) fatal("--learning-rate %g: wants a number above 0", learning_rate);
     if (!(weight_decay >= 0)) fatal("--weight-decay %g: wants a number of at least 0", weight_decay);
     if (!(learning_rate * weight_decay < 1))
-        fatal("--learning-rate %g x --weight-decay %g = %g, but a step multiplies the weights by 1 minus this; wants less "
-              "than 1", learning_rate, weight_decay, learning_rate * weight_decay);
+        fatal("--learning-rate %g x --weight-decay %g = %g, but a step multiplies the weights by 1 minus "
+              "this; wants less than 1",
+              learning_rate, weight_decay, learning_rate * weight_decay);
 }
 
-// ---- device helpers --------------------------------------------------------------------------------------------------
+// ---- device helpers ---------------------------------------------------------------------------------------
 
-// Four neighbouring weights from the master, rounded to nearest even. In the fp32 build weights and master are one
-// memory, so there is nothing to write. 8 bytes a lane: neighbouring lanes fill whole 128-byte lines, as 16 would.
+// Four neighbouring weights from the master, rounded to nearest even. In the fp32 build weights and master
+// are one memory, so there is nothing to write. 8 bytes a lane: neighbouring lanes fill whole 128-byte lines,
+// as 16 would.
 __device__ inline void store_weights(floatX* weights, const f128& master) {
     if constexpr (!std::is_same_v<floatX, float>) {
         struct alignas(8) Half {

@@ -38,7 +38,7 @@ class Harness {
     bool bench = false;
     Gpu gpu;
 
-    Harness(const char* op, int argc, char** argv) : gpu(size_t{256} << 20), op_(op) {
+    Harness(const char* op, int argc, char** argv) : op_(op) {
         for (int i = 1; i < argc; i++)
             if (std::strcmp(argv[i], "--bench") == 0) bench = true;
             else fatal("%s: unknown argument %s; wanted nothing or --bench", op, argv[i]);

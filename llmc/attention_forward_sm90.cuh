@@ -1,0 +1,108 @@
+// Causal self-attention, forward, by Hopper's warpgroup products (wgmma; Shah et al. 2024, "FlashAttention-3"). It computes
+// what attention_forward.cuh computes, which explains it; here only the difference.
+//
+// A block owns 128 queries, but with two warpgroups of 64 rows, 16 a warp: the tensor cores read K and V from shared memory
+// themselves, so that 16 rows a warp cost no more shared-memory traffic than 64, and a thread needs half the registers. Four
+// warpgroups (two blocks) share an SM: while one is in its softmax, the others keep the tensor cores busy; no producer
+// warps, no hand-over between warpgroups.
+//
+// A tile's iteration: start S = Q K^T, wait, softmax, start O += P V, wait. Letting O's product run on into the next iteration
+// makes ptxas serialise all of them (C7515), and there are other warpgroups to run. Tiles come by cp.async as in the other
+// kernel: 4 copies a thread and tile of about 400 instructions, so that TMA, which would save those, isn't worth tensor maps
+// from the driver.
+//
+// NOT the default: compiled (106 registers, no spill, nothing serialised) and run in the simulator, not measured on a GPU.
+// Predicted there, cycles of an SM for a tile of 128 x 64: products 512 (mma.sync: 820), 2^x 512 (the same), instructions
+// issued 800 of 4 a cycle (1250): 40% less where mma.sync's kernel is bound by products and their ldmatrix. With the same
+// share of the bound reached, 300 instead of 230 TFLOP/s at T = 1024, 1% of a step. To make it the default where
+// gpu.properties.major is 9, call forward_sm90 in attention_forward.
+//
+// The simulator executes a product where it is started: a forgotten fence or wait shows on a GPU only.
+#pragma once
+#include "llmc/attention_forward.cuh"
+
+namespace attention {
+
+inline constexpr int kWarpgroupThreads = 256;  // two warpgroups of 64 queries
+
+struct ForwardSm90Shared {  // 48 KB; every tile starts on a 1024-byte boundary, as the tensor core's swizzle wants
+    Tile<kQueries> q;
+    struct {
+        Tile<kKeys> k, v;
+    } stage[2];
+};
+static_assert(sizeof(Tile<kQueries>) % 1024 == 0 && sizeof(Tile<kKeys>) % 1024 == 0);
+
+// Probabilities as the left operands of the product with V, 16 keys each.
+__device__ inline void pack_probabilities(uint32_t (&p)[4][4], const float (&scores)[1][8][4]) {
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            p[k][i] = ptx::pack_bf16(scores[0][2 * k + i / 2][i % 2 * 2], scores[0][2 * k + i / 2][i % 2 * 2 + 1]);
+}
+
+// Grid as attention_forward_kernel's.
+__global__ void __launch_bounds__(kWarpgroupThreads, 2)
+attention_forward_sm90_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH) {
+    ForwardSm90Shared& s = shared<ForwardSm90Shared>();
+    const int blocks = (T + kQueries - 1) / kQueries;
+    const int head = blockIdx.x / blocks, block = blocks - 1 - blockIdx.x % blocks;
+    const int warp_row = threadIdx.x / 32 * 16;
+    const int block_query = block * kQueries, warp_query = block_query + warp_row;
+    const int group_last = block_query + threadIdx.x / 128 * 64 + 63;  // the warpgroup's last query
+    const int end = block_query + kQueries < T ? block_query + kQueries : T;  // the keys that the block sees
+    const HeadRows<const bf16> keys = packed_rows(qkv, kKey, head, T, NH), values = packed_rows(qkv, kValue, head, T, NH);
+
+    load_tile<kWarpgroupThreads>(s.q, packed_rows(qkv, kQuery, head, T, NH), block_query, T);
+    load_tile<kWarpgroupThreads>(s.stage[0].k, keys, 0, T);
+    load_tile<kWarpgroupThreads>(s.stage[0].v, values, 0, T);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    ptx::fence_async_proxy();
+    __syncthreads();
+    uint32_t q[4][4], p[4][4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) ptx::ldmatrix_x4(q[k], block_down(s.q, warp_row, 16 * k));
+
+    float o[1][8][4], scores[1][8][4], sum[1][2] = {{0.0f, 0.0f}}, reference[1][2] = {{-INFINITY, -INFINITY}};
+    fill(o, 0.0f);
+    for (int key = 0, stage = 0; key < end; key += kKeys, stage ^= 1) {
+        if (key + kKeys < end) {  // its stage was free at the last barrier
+            load_tile<kWarpgroupThreads>(s.stage[stage ^ 1].k, keys, key + kKeys, T);
+            load_tile<kWarpgroupThreads>(s.stage[stage ^ 1].v, values, key + kKeys, T);
+            ptx::cp_async_commit();
+        }
+        if (key <= group_last) {
+            ptx::wgmma_fence();
+            ptx::wgmma_transposed<false>(scores[0], q[0], s.stage[stage].k.bytes, 0);
+#pragma unroll
+            for (int k = 1; k < 4; k++) ptx::wgmma_transposed<true>(scores[0], q[k], s.stage[stage].k.bytes, 16 * k);
+            ptx::wgmma_commit();
+            ptx::wgmma_wait_all(scores[0]);
+            if (key + kKeys > warp_query + 1) mask_future_keys(scores, warp_query, key);
+            softmax_step(scores, o, reference, sum);
+            pack_probabilities(p, scores);
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < 4; k++) ptx::wgmma(o[0], p[k], s.stage[stage].v.bytes, 16 * k);
+            ptx::wgmma_commit();
+            ptx::wgmma_wait_all(o[0]);
+        }
+        ptx::cp_async_wait<0>();
+        ptx::fence_async_proxy();
+        __syncthreads();  // the next stage is complete, and this one is free
+    }
+
+    float inverse[1][2];
+    finish_softmax(inverse, lse + static_cast<size_t>(head) * T, warp_query, T, reference, sum);
+    store_rows(plain_rows(out, head, T, NH), warp_query, T, s.q, warp_row, o, inverse);
+}
+
+// As attention_forward in the bf16 build, with the same contract, on a GPU of compute capability 9.0 and code for sm_90a.
+inline void forward_sm90(bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, Gpu& gpu) {
+    const int64_t blocks = ceil_div(T, kQueries) * B * NH;
+    launch<ForwardSm90Shared>(attention_forward_sm90_kernel, {blocks, kWarpgroupThreads}, gpu, out, lse, qkv, T, NH);
+}
+
+}  // namespace attention
