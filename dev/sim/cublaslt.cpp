@@ -1,16 +1,19 @@
 // cuBLASLt on a CPU: checks what the library would refuse, then OpenBLAS computes.
 //
-// bf16 operands become fp32, which is exact; sums are fp32; the epilogue works on the fp32 sum, which is rounded once. D is
-// cut into tiles of a fixed size, each summed over all of k by one single-threaded call, so the bits don't depend on how
-// many threads share the tiles.
+// bf16 operands become fp32, which is exact; sums are fp32; the epilogue works on the fp32 sum, which is
+// rounded once. D is cut into tiles of a fixed size, each summed over all of k by one single-threaded call,
+// so the bits don't depend on how many threads share the tiles.
 //
-// Stricter than the library: every operand must lie inside one allocation of device memory (AddressSanitizer's poison is
-// asked too, since OpenBLAS isn't instrumented), outputs may overlap no input but C, pointers and leading dimensions are
-// multiples of 16 bytes, which is what the program tells the heuristic. The algorithm asks for a little workspace, and
-// overwrites it, so that nobody keeps anything there.
+// Stricter than the library: every operand must lie inside one allocation of device memory
+// (AddressSanitizer's poison is asked too, since OpenBLAS isn't instrumented), outputs may overlap no input
+// but C, pointers and leading dimensions are multiples of 16 bytes, which is what the program tells the
+// heuristic. The algorithm asks for a little workspace, and overwrites it, so that nobody keeps anything
+// there.
+#pragma GCC optimize("O3")  // the loops over elements, as vectors
 #include "cublasLt.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -38,7 +41,9 @@ struct cublasLtMatrixLayoutOpaque_t {  // column-major
     int64_t ld;
 
     size_t element_bytes() const { return type == CUDA_R_32F ? sizeof(float) : sizeof(__nv_bfloat16); }
-    size_t bytes() const { return ((cols - 1) * ld + rows) * element_bytes(); }  // from the first to the last element
+    size_t bytes() const {
+        return ((cols - 1) * ld + rows) * element_bytes();
+    }  // from the first to the last element
     bool operator==(const cublasLtMatrixLayoutOpaque_t&) const = default;
 };
 struct cublasLtMatmulPreferenceOpaque_t {
@@ -68,30 +73,35 @@ bool has_aux(uint32_t epilogue) { return epilogue & 128; }
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kAlignment == 0; }
 
 // Shapes, types and epilogue, which every call that takes the descriptors checks.
-cublasStatus_t check_problem(const cublasLtMatmulDescOpaque_t* t, const Layout* a, const Layout* b, const Layout* c,
-                             const Layout* d) {
+cublasStatus_t check_problem(const cublasLtMatmulDescOpaque_t* t, const Layout* a, const Layout* b,
+                             const Layout* c, const Layout* d) {
     if (!t || !a || !b || !c || !d) return CUBLAS_STATUS_INVALID_VALUE;
     for (const Layout* x : {a, b, c, d}) {
-        if (x->rows == 0 || x->cols == 0 || x->ld < static_cast<int64_t>(x->rows)) return CUBLAS_STATUS_INVALID_VALUE;
+        if (x->rows == 0 || x->cols == 0 || x->ld < static_cast<int64_t>(x->rows))
+            return CUBLAS_STATUS_INVALID_VALUE;
         if (x->ld * x->element_bytes() % kAlignment) return CUBLAS_STATUS_NOT_SUPPORTED;
     }
     const bool na = t->transa == CUBLAS_OP_N, nb = t->transb == CUBLAS_OP_N;
     const uint64_t m = na ? a->rows : a->cols, k = na ? a->cols : a->rows;
     const uint64_t kb = nb ? b->rows : b->cols, n = nb ? b->cols : b->rows;
-    if (k != kb || d->rows != m || d->cols != n || c->rows != m || c->cols != n) return CUBLAS_STATUS_INVALID_VALUE;
+    if (k != kb || d->rows != m || d->cols != n || c->rows != m || c->cols != n)
+        return CUBLAS_STATUS_INVALID_VALUE;
     if (m > INT32_MAX || n > INT32_MAX || k > INT32_MAX) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (a->type != b->type || c->type != d->type) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (a->type == CUDA_R_32F && d->type != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (t->epilogue != CUBLASLT_EPILOGUE_DEFAULT && d->type != a->type) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (has_bias(t->epilogue) && !t->bias) return CUBLAS_STATUS_INVALID_VALUE;
-    if (has_aux(t->epilogue) && (!t->aux || t->aux_ld < static_cast<int64_t>(m))) return CUBLAS_STATUS_INVALID_VALUE;
+    if (has_aux(t->epilogue) && (!t->aux || t->aux_ld < static_cast<int64_t>(m)))
+        return CUBLAS_STATUS_INVALID_VALUE;
     if (has_aux(t->epilogue) && t->aux_ld % 8) return CUBLAS_STATUS_NOT_SUPPORTED;
     return CUBLAS_STATUS_SUCCESS;
 }
 
 bool supported_algorithm(const cublasLtMatmulAlgo_t* algo) {
     for (int i = 0; i < 9; i++) {
-        const uint32_t only = i == CUBLASLT_ALGO_CONFIG_ID ? kAlgorithm : i == CUBLASLT_ALGO_CONFIG_SPLITK_NUM ? 1 : 0;
+        const uint32_t only = i == CUBLASLT_ALGO_CONFIG_ID           ? kAlgorithm
+                              : i == CUBLASLT_ALGO_CONFIG_SPLITK_NUM ? 1
+                                                                     : 0;
         if (algo->values[i] != only) return false;
     }
     return true;
@@ -107,12 +117,15 @@ struct Range {
 void check_memory(const Range& range) {
     bool inside = false;
     const sim::Memory where = sim::find_memory(range.p, range.bytes, &inside);
-    if (where != sim::Memory::Device) sim::stop("cublasLtMatmul: %s at %p is not device memory", range.name, range.p);
+    if (where != sim::Memory::Device)
+        sim::stop("cublasLtMatmul: %s at %p is not device memory", range.name, range.p);
     if (!inside)
-        sim::stop("cublasLtMatmul: %s, %zu bytes at %p, reaches beyond its allocation", range.name, range.bytes, range.p);
+        sim::stop("cublasLtMatmul: %s, %zu bytes at %p, reaches beyond its allocation", range.name,
+                  range.bytes, range.p);
 #if defined(__SANITIZE_ADDRESS__)
     if (void* bad = __asan_region_is_poisoned(const_cast<void*>(range.p), range.bytes))
-        sim::stop("cublasLtMatmul: %s, %zu bytes at %p, has no memory at %p", range.name, range.bytes, range.p, bad);
+        sim::stop("cublasLtMatmul: %s, %zu bytes at %p, has no memory at %p", range.name, range.bytes,
+                  range.p, bad);
 #endif
 }
 
@@ -138,8 +151,10 @@ struct Product {
 };
 
 void check_operands(const Product& x) {
-    const Range a{"A", x.A, x.a.bytes()}, b{"B", x.B, x.b.bytes()}, c{"C", x.C, x.c.bytes()}, d{"D", x.D, x.d.bytes()};
-    const Range bias{"the bias", x.t.bias, x.m() * x.d.element_bytes()}, aux{"the auxiliary matrix", x.t.aux, x.aux_bytes()};
+    const Range a{"A", x.A, x.a.bytes()}, b{"B", x.B, x.b.bytes()}, c{"C", x.C, x.c.bytes()},
+        d{"D", x.D, x.d.bytes()};
+    const Range bias{"the bias", x.t.bias, x.m() * x.d.element_bytes()},
+        aux{"the auxiliary matrix", x.t.aux, x.aux_bytes()};
     const Range workspace{"the workspace", x.workspace, x.workspace_bytes};
     auto apart = [](const Range& written, const Range& other) {
         if (overlap(written, other)) sim::stop("cublasLtMatmul: %s overlaps %s", written.name, other.name);
@@ -156,7 +171,7 @@ void check_operands(const Product& x) {
     }
 }
 
-// ---- computing -------------------------------------------------------------------------------------------------------
+// ---- computing --------------------------------------------------------------------------------------------
 
 // An operand as fp32: itself, or a dense copy of a bf16 one.
 struct Floats {
@@ -166,8 +181,10 @@ struct Floats {
 };
 
 Floats as_floats(const void* p, const Layout& layout) {
-    if (layout.type == CUDA_R_32F) return {static_cast<const float*>(p), static_cast<int>(layout.ld), nullptr};
-    Floats floats{nullptr, static_cast<int>(layout.rows), std::make_unique_for_overwrite<float[]>(layout.rows * layout.cols)};
+    if (layout.type == CUDA_R_32F)
+        return {static_cast<const float*>(p), static_cast<int>(layout.ld), nullptr};
+    Floats floats{nullptr, static_cast<int>(layout.rows),
+                  std::make_unique_for_overwrite<float[]>(layout.rows * layout.cols)};
     floats.p = floats.copy.get();
     float* to = floats.copy.get();
     const auto* from = static_cast<const __nv_bfloat16*>(p);
@@ -181,54 +198,73 @@ Floats as_floats(const void* p, const Layout& layout) {
     return floats;
 }
 
+// 2^x for x <= 0, relative error below 2^-22, written so that the compiler makes vectors of it: a rounded exponent and
+// the Taylor series of 2^f, |f| <= 1/2, whose eighth term is below 2^-24. Results below 2^-126 become 2^-126; NaN stays.
+inline float exp2_nonpositive(float x) {
+    x = x < -126.0f ? -126.0f : x;
+    const float whole = (x + 12582912.0f) - 12582912.0f, f = (x - whole) * 0.6931471805599453f;
+    float sum = 1.0f / 5040;
+    for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = sum * f + c;
+    return sum * std::bit_cast<float>(static_cast<int32_t>(whole + 127.0f) << 23);
+}
+
 // tanh form, by the sigmoid that it equals: gelu(x) = x s(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
-float sigmoid_2u(float x) { return 1.0f / (1.0f + expf(-1.5957691216057308f * (x + 0.044715f * x * x * x))); }
-float gelu(float x) { return x * sigmoid_2u(x); }
-float gelu_derivative(float x) {
+inline float sigmoid_2u(float x) {
+    const float two_u = 1.5957691216057308f * (x + 0.044715f * x * x * x);
+    const float e = exp2_nonpositive(-1.4426950408889634f * fabsf(two_u)), large = 1.0f / (1.0f + e);
+    return two_u < 0 ? e * large : large;
+}
+inline float gelu(float x) { return x * sigmoid_2u(x); }
+inline float gelu_derivative(float x) {
     const float s = sigmoid_2u(x);
     return s + x * s * (1.0f - s) * 1.5957691216057308f * (1.0f + 3 * 0.044715f * x * x);
 }
 
-// D = epilogue(alpha sum + beta C) of a tile: rows i0 .. i0 + mb, columns j0 .. j0 + nb; sum (mb, nb) column-major.
+// D = epilogue(alpha sum + beta C) of a tile: rows i0 .. i0 + mb, columns j0 .. j0 + nb; sum (mb, nb) column-major is
+// worked on in place, one plain loop a stage.
 template <class T>
-void finish_tile(const Product& x, const float* sum, uint64_t i0, uint64_t j0, uint64_t mb, uint64_t nb) {
+void finish_tile(const Product& x, float* sum, uint64_t i0, uint64_t j0, uint64_t mb, uint64_t nb) {
     const uint32_t epilogue = x.t.epilogue;
     for (uint64_t j = 0; j < nb; j++) {
         T* d = static_cast<T*>(x.D) + (j0 + j) * x.d.ld + i0;
         const T* c = static_cast<const T*>(x.C) + (j0 + j) * x.c.ld + i0;
         T* aux = static_cast<T*>(x.t.aux) + (j0 + j) * x.t.aux_ld + i0;
         const T* bias = static_cast<const T*>(x.t.bias) + i0;
-        const float* column = sum + j * mb;
-        for (uint64_t i = 0; i < mb; i++) {
-            float value = x.alpha * column[i];
-            if (x.beta != 0) value += x.beta * static_cast<float>(c[i]);
-            if (has_bias(epilogue)) value += static_cast<float>(bias[i]);
-            if (epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS) {
-                aux[i] = static_cast<T>(value);
-                value = gelu(value);
-            }
-            if (epilogue == CUBLASLT_EPILOGUE_DGELU) value *= gelu_derivative(static_cast<float>(aux[i]));
-            d[i] = static_cast<T>(value);
+        float* value = sum + j * mb;
+        for (uint64_t i = 0; i < mb; i++) value[i] *= x.alpha;
+        if (x.beta != 0)
+            for (uint64_t i = 0; i < mb; i++) value[i] += x.beta * static_cast<float>(c[i]);
+        if (has_bias(epilogue))
+            for (uint64_t i = 0; i < mb; i++) value[i] += static_cast<float>(bias[i]);
+        if (epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS) {
+            for (uint64_t i = 0; i < mb; i++) aux[i] = static_cast<T>(value[i]);
+            for (uint64_t i = 0; i < mb; i++) value[i] = gelu(value[i]);
         }
+        if (epilogue == CUBLASLT_EPILOGUE_DGELU)
+            for (uint64_t i = 0; i < mb; i++) value[i] *= gelu_derivative(static_cast<float>(aux[i]));
+        for (uint64_t i = 0; i < mb; i++) d[i] = static_cast<T>(value[i]);
     }
 }
 
 void compute(const Product& x) {
-    // Small enough that a training step of a small model has work for several cores, large enough for OpenBLAS.
+    // Small enough that a training step of a small model has work for several cores, large enough for
+    // OpenBLAS.
     constexpr uint64_t kTileM = 256, kTileN = 128;
     check_operands(x);
     if (x.workspace_bytes) memset(x.workspace, 0xff, x.workspace_bytes);
     const Floats a = as_floats(x.A, x.a), b = as_floats(x.B, x.b);
     const bool ta = x.t.transa == CUBLAS_OP_T, tb = x.t.transb == CUBLAS_OP_T;
-    const uint64_t m = x.m(), n = x.n(), tiles_m = (m + kTileM - 1) / kTileM, tiles_n = (n + kTileN - 1) / kTileN;
+    const uint64_t m = x.m(), n = x.n(), tiles_m = (m + kTileM - 1) / kTileM,
+                   tiles_n = (n + kTileN - 1) / kTileN;
     sim::parallel_for(tiles_m * tiles_n, [&](size_t tile) {
         thread_local std::unique_ptr<float[]> sum;
         if (!sum) sum = std::make_unique_for_overwrite<float[]>(kTileM * kTileN);
         const uint64_t i0 = tile % tiles_m * kTileM, j0 = tile / tiles_m * kTileN;
         const uint64_t mb = std::min(kTileM, m - i0), nb = std::min(kTileN, n - j0);
-        cblas_sgemm(CblasColMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, static_cast<int>(mb),
-                    static_cast<int>(nb), static_cast<int>(x.k()), 1.0f, a.p + (ta ? i0 * a.ld : i0), a.ld,
-                    b.p + (tb ? j0 : j0 * b.ld), b.ld, 0.0f, sum.get(), static_cast<int>(mb));
+        cblas_sgemm(CblasColMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans,
+                    static_cast<int>(mb), static_cast<int>(nb), static_cast<int>(x.k()), 1.0f,
+                    a.p + (ta ? i0 * a.ld : i0), a.ld, b.p + (tb ? j0 : j0 * b.ld), b.ld, 0.0f, sum.get(),
+                    static_cast<int>(mb));
         if (x.d.type == CUDA_R_32F) finish_tile<float>(x, sum.get(), i0, j0, mb, nb);
         else finish_tile<__nv_bfloat16>(x, sum.get(), i0, j0, mb, nb);
     });
@@ -236,7 +272,7 @@ void compute(const Product& x) {
 
 }  // namespace
 
-// ---- handle ----------------------------------------------------------------------------------------------------------
+// ---- handle -----------------------------------------------------------------------------------------------
 
 cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
     if (!handle) return CUBLAS_STATUS_INVALID_VALUE;
@@ -261,9 +297,10 @@ const char* cublasLtGetStatusName(cublasStatus_t status) {
 const char* cublasLtGetStatusString(cublasStatus_t status) { return cublasLtGetStatusName(status); }
 size_t cublasLtGetVersion() { return 130100; }  // the version whose rules these are
 
-// ---- descriptors -----------------------------------------------------------------------------------------------------
+// ---- descriptors ------------------------------------------------------------------------------------------
 
-cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute, cudaDataType_t scale) {
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute,
+                                        cudaDataType_t scale) {
     if (!desc) return CUBLAS_STATUS_INVALID_VALUE;
     if (compute != CUBLAS_COMPUTE_32F || scale != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
     *desc = new cublasLtMatmulDescOpaque_t;
@@ -273,8 +310,9 @@ cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc) {
     delete desc;
     return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t attribute,
-                                              const void* value, size_t bytes) {
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
+                                              cublasLtMatmulDescAttributes_t attribute, const void* value,
+                                              size_t bytes) {
     if (!desc) return CUBLAS_STATUS_INVALID_VALUE;
     cublasLtMatmulDescOpaque_t t = *desc;
     cublasStatus_t status = CUBLAS_STATUS_INVALID_VALUE;
@@ -317,22 +355,25 @@ cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t prefer
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
-                                                    cublasLtMatmulPreferenceAttributes_t attribute, const void* value,
-                                                    size_t bytes) {
+                                                    cublasLtMatmulPreferenceAttributes_t attribute,
+                                                    const void* value, size_t bytes) {
     if (!preference) return CUBLAS_STATUS_INVALID_VALUE;
     switch (attribute) {
-        case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES: return copy_attribute(preference->workspace_bytes, value, bytes);
-        case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK: return copy_attribute(preference->reduction_schemes, value, bytes);
+        case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
+            return copy_attribute(preference->workspace_bytes, value, bytes);
+        case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK:
+            return copy_attribute(preference->reduction_schemes, value, bytes);
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES:
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES:
-            return copy_attribute(preference->alignment[attribute - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], value, bytes);
+            return copy_attribute(
+                preference->alignment[attribute - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], value, bytes);
     }
     return CUBLAS_STATUS_INVALID_VALUE;
 }
 
-// ---- algorithms ------------------------------------------------------------------------------------------------------
+// ---- algorithms -------------------------------------------------------------------------------------------
 
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc,
                                               cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
@@ -342,7 +383,8 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     if (!preference || !results || !found || wanted <= 0) return CUBLAS_STATUS_INVALID_VALUE;
     *found = 0;
-    if (const cublasStatus_t status = check_problem(desc, a, b, c, d); status != CUBLAS_STATUS_SUCCESS) return status;
+    if (const cublasStatus_t status = check_problem(desc, a, b, c, d); status != CUBLAS_STATUS_SUCCESS)
+        return status;
     for (const uint32_t bytes : preference->alignment)
         if (bytes < kAlignment) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (preference->workspace_bytes < kWorkspaceBytes) return CUBLAS_STATUS_NOT_SUPPORTED;
@@ -356,8 +398,9 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasLtMatmulAlgoInit(cublasLtHandle_t handle, cublasComputeType_t compute, cudaDataType_t scale,
-                                      cudaDataType_t a, cudaDataType_t b, cudaDataType_t c, cudaDataType_t d, int id,
+cublasStatus_t cublasLtMatmulAlgoInit(cublasLtHandle_t handle, cublasComputeType_t compute,
+                                      cudaDataType_t scale, cudaDataType_t a, cudaDataType_t b,
+                                      cudaDataType_t c, cudaDataType_t d, int id,
                                       cublasLtMatmulAlgo_t* algo) {
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     if (!algo || id != static_cast<int>(kAlgorithm)) return CUBLAS_STATUS_INVALID_VALUE;
@@ -371,15 +414,15 @@ cublasStatus_t cublasLtMatmulAlgoInit(cublasLtHandle_t handle, cublasComputeType
 
 namespace {
 size_t attribute_bytes(cublasLtMatmulAlgoConfigAttributes_t attribute) {
-    const bool is_short =
-        attribute == CUBLASLT_ALGO_CONFIG_INNER_SHAPE_ID || attribute == CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID;
+    const bool is_short = attribute == CUBLASLT_ALGO_CONFIG_INNER_SHAPE_ID ||
+                          attribute == CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID;
     return is_short ? sizeof(uint16_t) : sizeof(uint32_t);
 }
 }  // namespace
 
 cublasStatus_t cublasLtMatmulAlgoConfigSetAttribute(cublasLtMatmulAlgo_t* algo,
-                                                    cublasLtMatmulAlgoConfigAttributes_t attribute, const void* value,
-                                                    size_t bytes) {
+                                                    cublasLtMatmulAlgoConfigAttributes_t attribute,
+                                                    const void* value, size_t bytes) {
     if (!algo || !value || attribute == CUBLASLT_ALGO_CONFIG_ID || bytes != attribute_bytes(attribute))
         return CUBLAS_STATUS_INVALID_VALUE;
     algo->values[attribute] = 0;
@@ -387,19 +430,22 @@ cublasStatus_t cublasLtMatmulAlgoConfigSetAttribute(cublasLtMatmulAlgo_t* algo,
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(const cublasLtMatmulAlgo_t* algo,
-                                                    cublasLtMatmulAlgoConfigAttributes_t attribute, void* value,
-                                                    size_t bytes, size_t* written) {
+                                                    cublasLtMatmulAlgoConfigAttributes_t attribute,
+                                                    void* value, size_t bytes, size_t* written) {
     if (!algo || !value || bytes != attribute_bytes(attribute)) return CUBLAS_STATUS_INVALID_VALUE;
     memcpy(value, &algo->values[attribute], bytes);
     if (written) *written = bytes;
     return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a,
-                                       cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
-                                       const cublasLtMatmulAlgo_t* algo, cublasLtMatmulHeuristicResult_t* result) {
+cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc,
+                                       cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                       cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+                                       const cublasLtMatmulAlgo_t* algo,
+                                       cublasLtMatmulHeuristicResult_t* result) {
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     if (!algo || !result) return CUBLAS_STATUS_INVALID_VALUE;
-    if (const cublasStatus_t status = check_problem(desc, a, b, c, d); status != CUBLAS_STATUS_SUCCESS) return status;
+    if (const cublasStatus_t status = check_problem(desc, a, b, c, d); status != CUBLAS_STATUS_SUCCESS)
+        return status;
     if (!supported_algorithm(algo)) return CUBLAS_STATUS_NOT_SUPPORTED;
     result->workspaceSize = kWorkspaceBytes;
     result->state = CUBLAS_STATUS_SUCCESS;
@@ -407,16 +453,18 @@ cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDe
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// ---- the product -----------------------------------------------------------------------------------------------------
+// ---- the product ------------------------------------------------------------------------------------------
 
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha, const void* A,
-                              cublasLtMatrixLayout_t a, const void* B, cublasLtMatrixLayout_t b, const void* beta,
-                              const void* C, cublasLtMatrixLayout_t c, void* D, cublasLtMatrixLayout_t d,
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha,
+                              const void* A, cublasLtMatrixLayout_t a, const void* B,
+                              cublasLtMatrixLayout_t b, const void* beta, const void* C,
+                              cublasLtMatrixLayout_t c, void* D, cublasLtMatrixLayout_t d,
                               const cublasLtMatmulAlgo_t* algo, void* workspace, size_t workspace_bytes,
                               cudaStream_t stream) {
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     if (!alpha || !beta || !A || !B || !C || !D || !algo) return CUBLAS_STATUS_INVALID_VALUE;
-    if (const cublasStatus_t status = check_problem(desc, a, b, c, d); status != CUBLAS_STATUS_SUCCESS) return status;
+    if (const cublasStatus_t status = check_problem(desc, a, b, c, d); status != CUBLAS_STATUS_SUCCESS)
+        return status;
     if (C == D && !(*c == *d)) return CUBLAS_STATUS_INVALID_VALUE;
     if (!supported_algorithm(algo)) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (workspace_bytes < kWorkspaceBytes || !workspace) return CUBLAS_STATUS_INVALID_VALUE;

@@ -12,10 +12,15 @@ SIM_QUIET inline void __syncthreads(sim::Where where = sim::Where::current()) {
     sim::barrier("__syncthreads", 0, sim::worker->threads, where);
 }
 SIM_QUIET inline void __syncwarp(unsigned mask = 0xffffffffu, sim::Where where = sim::Where::current()) {
-    sim::meet("__syncwarp", mask, where, [](sim::Exchange&) {});
+    sim::Warp& warp = *sim::worker->warp;
+    const uint32_t bit = 1u << sim::worker->lane;
+    if (mask & bit) mask &= warp.exists & ~warp.exited;  // it alone may name lanes that are gone
+    sim::meet("__syncwarp", mask, where, [mask](sim::Exchange&) {
+        if (sim::race_on) [[unlikely]] sim::race_warp_ordered(mask);
+    });
 }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence() { sim::fence(); }
+inline void __threadfence_block() { sim::fence(); }
 [[noreturn]] inline void __trap(sim::Where where = sim::Where::current()) { sim::fail(where, "__trap()"); }
 
 // ---- warp words -------------------------------------------------------------------------------------------------------
@@ -28,7 +33,7 @@ SIM_QUIET inline T shuffle(const char* word, unsigned mask, T v, int source, Whe
     static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
     const unsigned lane = worker->lane;
     Exchange& x = worker->warp->exchange;
-    if (!(mask >> source & 1)) [[unlikely]]
+    if (mask >> lane & ~(mask >> source) & 1) [[unlikely]]  // a caller outside the mask is meet()'s error
         fail(where, "%s reads lane %d, which the mask %08x leaves out", word, source, mask);
     uint64_t bits = 0;  // all 8 bytes are stored: the last lane's loads are as wide
     memcpy(&bits, &v, sizeof(T));
@@ -195,6 +200,10 @@ SIM_CACHED_STORE(__stwt)
 
 // The GPU's fast forms have a few ulp more error than these; no test may rely on either.
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline void sincospif(float x, float* sine, float* cosine) {
+    *sine = static_cast<float>(sin(M_PI * x));
+    *cosine = static_cast<float>(cos(M_PI * x));
+}
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __log2f(float x) { return log2f(x); }

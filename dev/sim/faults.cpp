@@ -1,5 +1,6 @@
 // What no rule of the simulator catches itself: a wild pointer, a stack that is too deep, an endless loop, a finding of
 // AddressSanitizer or UBSan. Each is given the kernel, the block and the thread it happened in.
+#include <dlfcn.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -87,6 +88,10 @@ void watch(Worker& w) {
         std::thread(watch_progress).detach();
 #if defined(__SANITIZE_ADDRESS__)
         __sanitizer_set_death_callback(name_thread);
+        // UBSan's library has a list of its own.
+        using SetCallback = void (*)(void (*)());
+        if (void* library = dlopen("libubsan.so.1", RTLD_LAZY | RTLD_NOLOAD))
+            if (auto set = reinterpret_cast<SetCallback>(dlsym(library, "__sanitizer_set_death_callback"))) set(name_thread);
 #else
         struct sigaction action {};
         action.sa_sigaction = name_fault;

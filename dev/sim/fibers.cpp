@@ -229,8 +229,8 @@ void check_canary(const Worker& w) {
     const unsigned char* end = w.shared + w.launch->shared_bytes;
     for (size_t i = 0; i < kCanaryBytes; i++)
         if (end[i] != kCanary)
-            stop("%s: wrote %zu bytes past the end of its %zu bytes of shared memory (CHECK=memory finds the line)",
-                 block_text(w).c_str(), i, w.launch->shared_bytes);
+            stop("%s: byte %zu of its %zu bytes of shared memory was written (CHECK=memory finds the line)",
+                 block_text(w).c_str(), w.launch->shared_bytes + i, w.launch->shared_bytes);
 #else
     (void)w;
 #endif
@@ -269,12 +269,11 @@ Meeting& join_meeting(const char* word, uint32_t mask, Where where) {
     Worker& w = *worker;
     Warp& warp = *w.warp;
     const uint32_t bit = 1u << w.lane;
-    const bool full_needed = strcmp(word, "__syncwarp") != 0;
     if (!(mask & bit)) fail(where, "%s with mask %08x, which leaves out the lane that calls it, %u", word, mask, w.lane);
-    if (full_needed && (mask & ~warp.exists))
+    if (mask & ~warp.exists)
         fail(where, "%s needs the lanes of mask %08x, but the block has %u threads, so that this warp has lanes %08x only",
              word, mask, w.threads, warp.exists);
-    if (full_needed && (mask & warp.exited))
+    if (mask & warp.exited)
         fail(where, "%s needs the lanes of mask %08x, but lanes %08x have returned, thread %s the first of them", word, mask,
              mask & warp.exited, thread_text(w, warp.first_thread + __builtin_ctz(mask & warp.exited)).c_str());
     for (int i = 0; i < warp.open; i++) {
@@ -324,6 +323,11 @@ void finish_barrier(Barrier& b) {
         w.ready_warps |= 1u << i;
         b.waiting[i] = 0;
     }
+}
+
+void fence() {
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    if (race_on) race_fence();
 }
 
 void switch_to_next() {

@@ -130,6 +130,7 @@ inline constinit thread_local Worker* worker = nullptr;
 Meeting& join_meeting(const char* word, uint32_t mask, Where where);  // checks, and finds or opens the meeting
 void switch_to_next();                                                // another warp, an unstarted lane, or the end
 void finish_barrier(Barrier& barrier);
+void fence();
 Barrier& join_barrier(const char* word, int id, unsigned threads, Where where);
 
 // The race record, race.cpp; does nothing unless the program was compiled with -fsanitize=thread.
@@ -190,7 +191,6 @@ SIM_QUIET inline void meet(const char* word, uint32_t mask, Where where, Work wo
     }
     *m = warp.meetings[--warp.open];
     work(warp.exchange);
-    if (race_on) [[unlikely]] race_warp_ordered(mask);
     warp.ready |= mask & ~bit;
     if (w.shuffle) [[unlikely]] {
         warp.ready |= bit;

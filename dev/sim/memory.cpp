@@ -2,6 +2,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #include <algorithm>
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -57,26 +58,42 @@ int poisoned_file() {
     return file;
 }
 
+// Device and pinned memory comes from one range of addresses, each of which is used once in the life of the process: so
+// a use after free is seen, and "is this the device's?" is a comparison.
+constexpr size_t kArenaBytes = size_t{4} << 40;
+struct Arena {
+    unsigned char* begin = nullptr;
+    size_t used = 0;
+} arena;  // written under the heap's lock
+
+unsigned char* reserve(size_t bytes) {
+    if (!arena.begin) {
+        void* p = mmap(nullptr, kArenaBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (p == MAP_FAILED) stop("no address space for the simulated device: %s", strerror(errno));
+        arena.begin = static_cast<unsigned char*>(p);
+    }
+    if (bytes > kArenaBytes - arena.used) return nullptr;
+    arena.used += bytes;
+    return arena.begin + arena.used - bytes;
+}
+
 // [poison | front | data | rest of its 256 bytes][page without access]: overruns hit the guard bytes or the last page.
 bool map_poisoned(Allocation& a, unsigned char** data) {
     const size_t body = rounded(kAlignment + rounded(a.bytes, kAlignment), kPage);
     a.mapped_bytes = body + kPage;
-    void* base = mmap(nullptr, a.mapped_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (base == MAP_FAILED) return false;
-    a.mapping = static_cast<unsigned char*>(base);
+    a.mapping = reserve(a.mapped_bytes);
+    if (!a.mapping) return false;
     for (size_t at = 0; at < body; at += kPoisonedBytes) {
         const size_t part = std::min(kPoisonedBytes, body - at);
         if (mmap(a.mapping + at, part, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, poisoned_file(), 0) ==
-            MAP_FAILED) {
-            munmap(base, a.mapped_bytes);
+            MAP_FAILED)
             return false;
-        }
     }
     *data = a.mapping + body - rounded(a.bytes, kAlignment);
     memset(*data - kAlignment, kGuard, kAlignment);
     memset(*data + a.bytes, kGuard, rounded(a.bytes, kAlignment) - a.bytes);
     forbid(a.mapping, static_cast<size_t>(*data - a.mapping));
-    forbid(*data + a.bytes, rounded(a.bytes, kAlignment) - a.bytes);
+    forbid(*data + a.bytes, static_cast<size_t>(a.mapping + a.mapped_bytes - (*data + a.bytes)));
     return true;
 }
 
@@ -132,7 +149,7 @@ cudaError_t release(void* p, bool device, const char* call, Where where) {
     check_guards(key, a);
     if (device) h.device_bytes -= rounded(a.bytes, kAlignment);
     a.freed = where;
-    // The addresses are never used again, so that a use after this is seen.
+    forbid(a.mapping, a.mapped_bytes);
     mmap(a.mapping, a.mapped_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     h.freed.emplace(key, a);
     h.live.erase(it);
@@ -157,6 +174,10 @@ void report_leaks(int status, void*) {
 __attribute__((constructor(101))) void watch_exit() { on_exit(report_leaks, nullptr); }
 
 }  // namespace
+
+bool in_arena(const void* p) {
+    return reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(arena.begin) < arena.used;
+}
 
 void poison(void* p, size_t bytes) {
     auto* out = static_cast<unsigned char*>(p);

@@ -59,7 +59,7 @@ SIM_QUIET inline void ldmatrix(const char* word, uint32_t (&r)[4], const void* s
     sim::Exchange& x = sim::worker->warp->exchange;
     sim::check_shared(shared_row, 16, word, where);
     x.row[lane] = shared_row;
-    sim::meet(word, 0xffffffffu, where, [where](sim::Exchange& all) {
+    sim::meet(word, 0xffffffffu, where, [where](sim::Exchange& all) SIM_QUIET {
         if (sim::race_on) [[unlikely]]
             for (unsigned l = 0; l < 32; l++) sim::race_read(all.row[l], 16, l, where);
         for (int i = 0; i < 4; i++) {
@@ -120,9 +120,59 @@ SIM_QUIET inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32
 // Two floats rounded to nearest even bf16, lo in the lower half (cvt.rn.bf16x2.f32).
 inline uint32_t pack_bf16(float lo, float hi) { return sim::bf16_bits(lo) | uint32_t{sim::bf16_bits(hi)} << 16; }
 
+// x; on a GPU, hidden from the compiler's analysis.
+inline int opaque(int x) { return x; }
+
 // A barrier of the `threads` threads that name it, a multiple of 32; id 1 .. 15 (bar.sync).
 SIM_QUIET inline void barrier_sync(int id, int threads, sim::Where where = sim::Where::current()) {
     sim::barrier("barrier_sync", id, static_cast<unsigned>(threads), where);
+}
+
+// ---- products of a warpgroup (sm_90a) ---------------------------------------------------------------------------------
+//
+// A warp's rows of the result depend on its own rows of the left operand alone, so each warp does its part by itself, at once:
+// a missing fence, commit or wait isn't seen here.
+
+inline void fence_async_proxy() {}
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+inline void wgmma_wait_all(float (&)[8][4]) {}
+
+namespace detail {
+
+// Elements (row, column) and (row', column') of a tile of 128-byte rows, swizzled, as a pair.
+inline uint32_t swizzled_pair(const unsigned char* tile, int row, int column, int next_row, int next_column) {
+    const auto element = [tile](int r, int c) {
+        uint16_t bits;
+        memcpy(&bits, tile + r * 128 + (c / 8 ^ r % 8) * 16 + c % 8 * 2, 2);
+        return uint32_t{bits};
+    };
+    return element(row, column) | element(next_row, next_column) << 16;
+}
+
+}  // namespace detail
+
+template <bool kAdd>
+inline void wgmma_transposed(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile, int column,
+                             sim::Where where = sim::Where::current()) {
+    const int lane = sim::worker->lane, k = column + lane % 4 * 2;
+    for (int n = 0; n < 8; n++) {
+        const int row = 8 * n + lane / 4;
+        if (!kAdd)
+            for (float& x : d[n]) x = 0.0f;
+        mma_m16n8k16(d[n], a, detail::swizzled_pair(tile, row, k, row, k + 1),
+                     detail::swizzled_pair(tile, row, k + 8, row, k + 9), where);
+    }
+}
+
+inline void wgmma(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile, int row,
+                  sim::Where where = sim::Where::current()) {
+    const int lane = sim::worker->lane, k = row + lane % 4 * 2;
+    for (int n = 0; n < 8; n++) {
+        const int column = 8 * n + lane / 4;
+        mma_m16n8k16(d[n], a, detail::swizzled_pair(tile, k, column, k + 1, column),
+                     detail::swizzled_pair(tile, k + 8, column, k + 9, column), where);
+    }
 }
 
 }  // namespace ptx

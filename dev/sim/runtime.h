@@ -36,6 +36,7 @@ std::string thread_of(const Worker& w);
 
 // ---- symbols.cpp ------------------------------------------------------------------------------------------------------
 
+uintptr_t program_base();                          // where the program's code is loaded
 const char* mangled_name(const void* function);    // "" where the program's symbol table doesn't have it
 std::string kernel_name(const void* function);     // demangled, without parameters
 std::string source_line(const void* return_address);  // "file:line" by addr2line, outside dev/sim where inlined; or ""
@@ -45,6 +46,7 @@ std::string source_line(const void* return_address);  // "file:line" by addr2lin
 enum class Memory { Pageable, Pinned, Device };
 // Where p lies. For pinned and device memory all of p .. p + bytes must be in one allocation, else *inside is false.
 Memory find_memory(const void* p, size_t bytes, bool* inside);
+bool in_arena(const void* p);  // device or pinned memory, or once was
 void poison(void* p, size_t bytes);
 // For AddressSanitizer: nobody, or again anybody, may touch these bytes.
 void forbid(void* p, size_t bytes);
@@ -71,5 +73,8 @@ void watch(Worker& w);  // this OS thread's faults are named, and a kernel that 
 
 void race_begin_launch(const Launch& launch);
 void race_begin_block();
+void race_fence();
+void race_async_issue(void* to, const void* from, Where where);
+void race_async_landed(void* to);
 
 }  // namespace sim

@@ -14,9 +14,8 @@
 #include "runtime.h"
 
 namespace sim {
-namespace {
 
-uintptr_t load_base() {
+uintptr_t program_base() {
     uintptr_t base = 0;
     dl_iterate_phdr(
         [](dl_phdr_info* info, size_t, void* out) {
@@ -27,12 +26,14 @@ uintptr_t load_base() {
     return base;
 }
 
+namespace {
+
 struct Symbols {
     std::vector<char> file;
     const Elf64_Sym* begin = nullptr;
     size_t count = 0;
     const char* names = nullptr;
-    uintptr_t base = load_base();
+    uintptr_t base = program_base();
 
     Symbols() {
         std::ifstream in("/proc/self/exe", std::ios::binary);
@@ -83,7 +84,9 @@ std::string kernel_name(const void* function) {
     char* text = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
     std::string name = status == 0 ? text : mangled;
     free(text);
-    if (name.starts_with("void ")) name.erase(0, 5);
+    if (name.starts_with("void ")) name.erase(0, 5);  // a template's name comes with its return type
+    const std::string kAnonymous = "(anonymous namespace)::";
+    for (size_t at = 0; (at = name.find(kAnonymous)) != std::string::npos;) name.erase(at, kAnonymous.size());
     // The parameter list is the last parenthesis that closes at the end.
     int depth = 0;
     for (size_t i = name.size(); i-- > 0;) {
@@ -102,8 +105,12 @@ std::string source_line(const void* return_address) {
     const std::string lines = run(command);
     for (size_t at = 0; at < lines.size();) {  // innermost first; the simulator's own headers say nothing
         const size_t end = std::min(lines.find('\n', at), lines.size());
-        const std::string line = lines.substr(at, lines.find_first_of(" \n", at) - at);
-        if (line.find("dev/sim/") == std::string::npos && line.find("??") == std::string::npos) return line;
+        std::string line = lines.substr(at, lines.find_first_of(" \n", at) - at);
+        if (line.find("dev/sim/") == std::string::npos && line.find("??") == std::string::npos) {
+            char here[4096];
+            if (getcwd(here, sizeof(here)) && line.starts_with(std::string(here) + "/")) line.erase(0, strlen(here) + 1);
+            return line;
+        }
         at = end + 1;
     }
     return "";
