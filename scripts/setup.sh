@@ -33,6 +33,6 @@ fi
 if [ ! -e .venv/installed ] || ! cmp -s scripts/requirements.txt .venv/installed; then
   echo "setup: making .venv with $(grep -c '^[a-zA-Z]' scripts/requirements.txt) Python packages"
   python3 -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r scripts/requirements.txt
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r scripts/requirements.txt
   cp scripts/requirements.txt .venv/installed
 fi
