@@ -30,20 +30,29 @@ GPU_ARCH ?= $(if $(GPU_CAPABILITY),$(patsubst 90,90a,$(GPU_CAPABILITY)),80 90a)
 
 # CHECK=memory|race|shuffle builds and runs the simulator's checks (dev/sim/README.md).
 CHECK ?=
-SUFFIX := $(if $(CHECK),-$(CHECK))
-CHECK_FLAGS_memory := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
-CHECK_FLAGS_race := -fsanitize=thread -g1
+SUFFIX := $(if $(filter-out shuffle,$(CHECK)),-$(CHECK))
+CHECK_FLAGS_memory := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+# -Wp hands the option to the compiler alone: linking would add ThreadSanitizer's runtime, where the simulator has its own.
+CHECK_FLAGS_race := -Wp,-fsanitize=thread
 CHECK_LINK_memory := -fsanitize=address,undefined
+CHECK_ENV_race := SIM_THREADS=1
+CHECK_ENV_shuffle := SIM_SHUFFLE=1
 CHECK_FLAGS := $(CHECK_FLAGS_$(CHECK))
+# The simulator's own files and the host's are not watched for races: those are between a kernel's threads.
+CHECK_LIBRARY_FLAGS := $(if $(filter memory,$(CHECK)),$(CHECK_FLAGS))
 CHECK_LINK := $(CHECK_LINK_$(CHECK))
+ifneq ($(filter-out memory race shuffle,$(CHECK)),)
+  $(error CHECK=$(CHECK): wanted memory, race or shuffle)
+endif
 
 # ---- compilers -------------------------------------------------------------------------------------------------------
 
 # Extra include directories, for headers that lie elsewhere (cxxopts, nlohmann-json on a node without Debian's packages).
 EXTRA_INCLUDES ?=
 WARNINGS := -Wall -Wextra
-HOST_FLAGS := -std=c++20 -O2 $(WARNINGS) -I. $(EXTRA_INCLUDES) $(CHECK_FLAGS)
-SIM_FLAGS := -std=c++20 -O2 -march=native -fno-strict-aliasing -Wno-unknown-pragmas $(WARNINGS) -Idev/sim -I. $(CHECK_FLAGS)
+HOST_FLAGS := -std=c++20 -O2 $(WARNINGS) -I. $(EXTRA_INCLUDES) $(CHECK_LIBRARY_FLAGS)
+SIM_BASE := -std=c++20 -O2 -g1 -march=native -fno-strict-aliasing -Wno-unknown-pragmas $(WARNINGS) -Idev/sim -I.
+SIM_FLAGS := $(SIM_BASE) $(CHECK_FLAGS)
 SIM_LINK := $(CHECK_LINK) -rdynamic -lboost_context -lopenblas -ldl -lpthread
 GPU_FLAGS := -std=c++20 -O3 -Illmc -I. $(EXTRA_INCLUDES) -Xcompiler -Wall,-Wextra -Xptxas -v -lineinfo \
              $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a))
@@ -58,7 +67,8 @@ LIBSIM := build/sim$(SUFFIX)/libsim.a
 KERNELS := $(basename $(notdir $(wildcard dev/kernels/*.cu)))
 HOST_TESTS := $(basename $(notdir $(wildcard dev/test/*_test.cpp)))
 
-.PHONY: help setup demo test test-long clean device train_gpt2 test_gpt2 kernels host_tests programs gpu_builds format FORCE
+
+.PHONY: test_programs ci_check_programs help setup demo test test-long clean device train_gpt2 test_gpt2 kernels host_tests programs gpu_builds format FORCE
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -106,7 +116,7 @@ $(HOST)/test/%: dev/test/%.cpp $(HOST)/options.o $(HOST)/json.o
 SIM_OBJECTS := $(patsubst dev/sim/%.cpp,build/sim$(SUFFIX)/%.o,$(wildcard dev/sim/*.cpp))
 build/sim$(SUFFIX)/%.o: dev/sim/%.cpp
 	@mkdir -p $(@D)
-	g++ $(SIM_FLAGS) -MMD -MP -c $< -o $@
+	g++ $(SIM_BASE) $(CHECK_LIBRARY_FLAGS) -MMD -MP -c $< -o $@
 $(LIBSIM): $(SIM_OBJECTS)
 	@rm -f $@
 	ar rcs $@ $^
@@ -141,10 +151,66 @@ $(foreach p,bf16 fp32,$(eval $(call KERNEL_RULES,$(p))))
 PROGRAMS := $(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,build/$(DEVICE)-$(p)-$(o)$(SUFFIX)))
 programs: $(addsuffix /train_gpt2,$(PROGRAMS)) $(addsuffix /test_gpt2,$(PROGRAMS))
 kernels: $(foreach p,bf16 fp32,$(addprefix build/$(DEVICE)-$(p)$(SUFFIX)/kernels/,$(KERNELS)))
-host_tests: $(addprefix $(HOST)/test/,$(HOST_TESTS))
+host_tests: $(addprefix $(HOST)/test/,$(HOST_TESTS) $(basename $(notdir $(wildcard dev/test/fuzz_*.cpp))))
 GPU_PROGRAMS := $(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,build/gpu-$(p)-$(o)))
 gpu_builds:
 	@$(MAKE) --no-print-directory $(addsuffix /train_gpt2,$(GPU_PROGRAMS)) $(addsuffix /test_gpt2,$(GPU_PROGRAMS)) $(foreach p,bf16 fp32,$(addprefix build/gpu-$(p)/kernels/,$(KERNELS)))
+
+FUZZERS := $(basename $(notdir $(wildcard dev/test/fuzz_*.cpp)))
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
+
+PYTHON := .venv/bin/python
+JOBS ?= $(shell nproc)
+RUN_TESTS = $(PYTHON) dev/run_tests.py --jobs $(JOBS)
+# Simulated programs run side by side, so each takes one core.
+export SIM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
+
+# Names and commands of tests in the simulator: $(call KERNEL_TESTS,SUFFIX,PRECISIONS,KERNELS).
+KERNEL_TESTS = $(foreach p,$(2),$(foreach k,$(3),"kernel $(k) $(p)$(1)=build/sim-$(p)$(1)/kernels/$(k)"))
+MODEL_TESTS = $(foreach p,$(2),$(foreach o,$(3),"model $(p) $(o)$(1)=build/sim-$(p)-$(o)$(1)/test_gpt2"))
+HOST_TEST_RUNS = $(foreach t,$(HOST_TESTS) $(FUZZERS),"host $(t)$(SUFFIX)=$(HOST)/test/$(t)")
+GPU_TESTS = $(if $(filter gpu,$(DEVICE)),"gpu=dev/gpu_check.sh smoke")
+NVCC_TESTS = $(if $(NVCC),"nvcc ptxas report=$(PYTHON) dev/check_ptxas.py build/gpu-*-*/train_gpt2.ptxas")
+
+# What `make test` runs under the checks too: the kernels with the most to get wrong, and a whole model.
+CI_CHECK_KERNELS := attention layernorm sgd_sai
+SIM_KERNEL_PROGRAMS = $(foreach p,bf16 fp32,$(addprefix build/sim-$(p)$(SUFFIX)/kernels/,$(KERNELS)))
+SIM_MODEL_PROGRAMS = $(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,$(addprefix build/sim-$(p)-$(o)$(SUFFIX)/,train_gpt2 test_gpt2)))
+
+ifeq ($(CHECK),)
+test: setup device
+	@$(MAKE) --no-print-directory -j$(JOBS) -k test_programs
+	@$(MAKE) --no-print-directory -j$(JOBS) -k CHECK=memory ci_check_programs
+	@$(MAKE) --no-print-directory -j$(JOBS) -k CHECK=race ci_check_programs
+	@$(RUN_TESTS) "program=$(PYTHON) -m pytest -q dev/test/test_program.py" \
+	    "simulator planted bugs=$(PYTHON) dev/test/simulator_test.py" \
+	    $(call KERNEL_TESTS,,bf16 fp32,$(KERNELS)) $(call MODEL_TESTS,,bf16 fp32,adamw sgd_sai) \
+	    $(foreach c,-memory -race,$(call KERNEL_TESTS,$(c),bf16,$(CI_CHECK_KERNELS)) $(call MODEL_TESTS,$(c),bf16,sgd_sai)) \
+	    $(HOST_TEST_RUNS) "scripts=$(PYTHON) -m pytest -q dev/test --ignore dev/test/test_program.py" \
+	    "ruff=$(PYTHON) -m ruff check --quiet data dev scripts && echo 1 passed, 0 failed" $(NVCC_TESTS) $(GPU_TESTS)
+else
+test: setup
+	@$(MAKE) --no-print-directory -j$(JOBS) -k host_tests $(SIM_KERNEL_PROGRAMS) $(SIM_MODEL_PROGRAMS)
+	@$(CHECK_ENV_$(CHECK)) $(RUN_TESTS) $(call KERNEL_TESTS,$(SUFFIX),bf16 fp32,$(KERNELS)) \
+	    $(call MODEL_TESTS,$(SUFFIX),bf16 fp32,adamw sgd_sai) $(HOST_TEST_RUNS) \
+	    $(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,"training $(p) $(o)$(SUFFIX)=dev/test/train_ten_steps.sh build/sim-$(p)-$(o)$(SUFFIX)"))
+endif
+
+test_programs: host_tests $(SIM_KERNEL_PROGRAMS) $(SIM_MODEL_PROGRAMS) \
+    $(if $(NVCC),$(addsuffix /train_gpt2,$(GPU_PROGRAMS)))
+ci_check_programs: $(foreach k,$(CI_CHECK_KERNELS),build/sim-bf16$(SUFFIX)/kernels/$(k)) build/sim-bf16-sgd_sai$(SUFFIX)/test_gpt2
+
+# Every kernel and a training of both optimizers under every check.
+test-long: test
+	@for check in memory race shuffle; do $(MAKE) --no-print-directory test CHECK=$$check || exit 1; done
+
+# ---- the demo --------------------------------------------------------------------------------------------------------
+
+demo: setup device
+	@$(MAKE) --no-print-directory -j$(JOBS) $(foreach o,adamw sgd_sai,build/$(DEVICE)-bf16-$(o)/train_gpt2)
+	@DEVICE=$(DEVICE) scripts/demo.sh
 
 clean:
 	rm -rf build

@@ -58,9 +58,10 @@ static std::unique_ptr<Tokenizer> sample_tokenizer(const Options& o) {
     return tokenizer;
 }
 
-// Plans are measured while the GPU's memory is still free.
+// Plans are measured while the GPU's memory is still free. A product that applies GELU itself applies it to the unrounded
+// sum, which recomputing from the kept tensor can't repeat to the bit: --recompute gelu-layernorm goes without.
 static Matmuls prepared_matmuls(const Options& o, const Gpt2Config& config, Gpu& gpu) {
-    Matmuls matmuls({.measure = o.tune});
+    Matmuls matmuls({.measure = o.tune, .fuse_gelu = o.tune && config.recompute != Recompute::gelu_layernorm});
     const int64_t tokens = static_cast<int64_t>(o.batch_size) * o.seq_len;
     matmuls.prepare({.tokens = tokens, .logit_rows = logit_rows(tokens), .channels = o.channels,
                      .padded_vocab_size = config.shape.padded_vocab_size(),
