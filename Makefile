@@ -184,11 +184,11 @@ test: setup device
 	@$(MAKE) --no-print-directory -j$(JOBS) -k test_programs
 	@$(MAKE) --no-print-directory -j$(JOBS) -k CHECK=memory ci_check_programs
 	@$(MAKE) --no-print-directory -j$(JOBS) -k CHECK=race ci_check_programs
-	@$(RUN_TESTS) "program=$(PYTHON) -m pytest -q dev/test/test_program.py" \
+	@$(RUN_TESTS) "program=$(PYTHON) -m pytest dev/test/test_program.py" \
 	    "simulator planted bugs=$(PYTHON) dev/test/simulator_test.py" \
 	    $(call KERNEL_TESTS,,bf16 fp32,$(KERNELS)) $(call MODEL_TESTS,,bf16 fp32,adamw sgd_sai) \
 	    $(foreach c,-memory -race,$(call KERNEL_TESTS,$(c),bf16,$(CI_CHECK_KERNELS)) $(call MODEL_TESTS,$(c),bf16,sgd_sai)) \
-	    $(HOST_TEST_RUNS) "scripts=$(PYTHON) -m pytest -q dev/test --ignore dev/test/test_program.py" \
+	    $(HOST_TEST_RUNS) "scripts=$(PYTHON) -m pytest dev/test --ignore dev/test/test_program.py" \
 	    "ruff=$(PYTHON) -m ruff check --quiet data dev scripts && echo 1 passed, 0 failed" $(NVCC_TESTS) $(GPU_TESTS)
 else
 test: setup

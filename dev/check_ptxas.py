@@ -1,12 +1,12 @@
-"""Checks the compiler's report of every kernel: no spill, no stack frame, no serialised wgmma, registers within a table.
+"""Checks the compiler's report of every kernel: registers within a table, no spill, no stack, no serialised wgmma.
 
     python dev/check_ptxas.py build/gpu-*-*/train_gpt2.ptxas            # what `make test` runs
     python dev/check_ptxas.py --update build/gpu-*-*/train_gpt2.ptxas   # write dev/ptxas_table.tsv anew
 
-nvcc -Xptxas -v writes the report while it compiles. dev/ptxas_table.tsv has a row for each kernel, precision and
-architecture: the ceiling of its registers a thread. A ceiling is a decision about occupancy, so raising one is a change
-that a review sees. --update sets each to what the compiler uses now, rounded up to the allocation unit of 8.
-A kernel without a row, or a row without a kernel, is an error.
+nvcc -Xptxas -v writes the report while it compiles. dev/ptxas_table.tsv has a row for each kernel, precision
+and architecture: the ceiling of its registers a thread. A ceiling is a decision about occupancy, so raising
+one is a change that a review sees. --update sets each to what the compiler uses now, rounded up to the
+allocation unit of 8. A kernel without a row, or a row without a kernel, is an error.
 """
 
 import argparse
@@ -24,13 +24,18 @@ ENTRY = re.compile(
     r"\s*(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
     r".*Used (?P<registers>\d+) registers"
 )
-SERIALISED = re.compile(r".*\bC75\d\d\b.*")  # ptxas had to serialise or ignore what a wgmma kernel asked for
+# ptxas had to serialise or ignore what a wgmma kernel asked for
+SERIALISED = re.compile(r".*\bC75\d\d\b.*")
 
 
 def demangle(symbols):
     """Kernel names without parameter lists, in the symbols' order."""
-    text = subprocess.run(["c++filt"], input="\n".join(symbols), text=True, capture_output=True, check=True).stdout
-    return [re.sub(r"^void |\(.*", "", line.replace("(anonymous namespace)::", "")) for line in text.splitlines()]
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(symbols), text=True, capture_output=True, check=True
+    ).stdout
+    return [
+        re.sub(r"^void |\(.*", "", line.replace("(anonymous namespace)::", "")) for line in text.splitlines()
+    ]
 
 
 def read_report(path):
@@ -41,17 +46,29 @@ def read_report(path):
     text = Path(path).read_text()
     matches = list(ENTRY.finditer(text))
     if not matches or len(matches) != text.count("Compiling entry function"):
-        sys.exit(f"{path}: {len(matches)} of {text.count('Compiling entry function')} kernels understood; "
-                 "was it compiled with -Xptxas -v?")
+        sys.exit(
+            f"{path}: {len(matches)} of {text.count('Compiling entry function')} kernels understood; "
+            "was it compiled with -Xptxas -v?"
+        )
     names = demangle([m["symbol"] for m in matches])
-    rows = [{"kernel": name, "precision": precision[1], "arch": m["arch"], "registers": int(m["registers"]),
-             "stack": int(m["stack"]), "spills": int(m["stores"]) + int(m["loads"])}
-            for name, m in zip(names, matches)]
+    rows = [
+        {
+            "kernel": name,
+            "precision": precision[1],
+            "arch": m["arch"],
+            "registers": int(m["registers"]),
+            "stack": int(m["stack"]),
+            "spills": int(m["stores"]) + int(m["loads"]),
+        }
+        for name, m in zip(names, matches, strict=True)
+    ]
     return rows, SERIALISED.findall(text)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--update", action="store_true")
     parser.add_argument("reports", nargs="+", type=Path)
     args = parser.parse_args()
@@ -91,8 +108,11 @@ def main():
             wrong.append(f"{row['registers']} registers, the ceiling is {ceilings[key]}")
         problems += [f"{' '.join(key)}: {what}" for what in wrong]
         passed += not wrong
-    problems += [f"{' '.join(key)}: a row in {TABLE.name}, but no such kernel" for key in sorted(ceilings)
-                 if key not in found and key[2] in archs]
+    problems += [
+        f"{' '.join(key)}: a row in {TABLE.name}, but no such kernel"
+        for key in sorted(ceilings)
+        if key not in found and key[2] in archs
+    ]
     for problem in problems:
         print("FAIL", problem)
     print(f"{passed} passed, {len(problems)} failed")

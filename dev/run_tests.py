@@ -1,10 +1,11 @@
-"""Runs test programs side by side and counts: `make test` and `.ci/run` end in its last line, "N passed, N failed".
+"""Runs test programs side by side and counts: `make test` ends in its last line, "N passed, N failed".
 
     python dev/run_tests.py [--jobs N] [--only WORD] NAME=COMMAND...
 
-A command's own count is read from its output: "N passed, N failed" of our programs, GoogleTest's and pytest's summaries.
-A command that exits non-zero without a count of failures, dies of a signal, runs over its time or tests nothing counts as
-one failure. The output of a failing command is shown whole, that of the others is kept in build/test-logs/.
+A command's own count is read from its output: "N passed, N failed" of our programs, GoogleTest's and pytest's
+summaries. A command that exits non-zero without a count of failures, dies of a signal, runs over its time or
+tests nothing counts as one failure. The output of a failing command is shown whole, that of the others is
+kept in build/test-logs/.
 """
 
 import argparse
@@ -23,8 +24,10 @@ LOGS = Path("build/test-logs")
 
 COUNTS = [  # the last match of each in the output counts
     (re.compile(r"(\d+) passed, (\d+) failed"), lambda m: (int(m[1]), int(m[2]))),
-    (re.compile(r"^=+ .*?(?:(\d+) failed)?(?:, )?(?:(\d+) passed)?.* in [\d.]+s.*=+$", re.M),
-     lambda m: (int(m[2] or 0), int(m[1] or 0))),
+    (
+        re.compile(r"^=+ .*?(?:(\d+) failed)?(?:, )?(?:(\d+) passed)?.* in [\d.]+s.*=+$", re.M),
+        lambda m: (int(m[2] or 0), int(m[1] or 0)),
+    ),
 ]
 GTEST_PASSED = re.compile(r"^\[  PASSED  \] (\d+) tests?\.", re.M)
 GTEST_FAILED = re.compile(r"^\[  FAILED  \] (\d+) tests?, listed below", re.M)
@@ -55,8 +58,13 @@ def count(output: str) -> tuple[int, int]:
 def run(name: str, command: str) -> Result:
     """Runs one command through the shell, in a process group of its own so that a time-out ends all of it."""
     begin = time.monotonic()
-    process = subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               stdin=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        ["bash", "-c", command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     why = ""
     try:
         raw, _ = process.communicate(timeout=TIMEOUT_S)
@@ -78,7 +86,9 @@ def run(name: str, command: str) -> Result:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--only", default="", help="run the commands whose name contains this")
     parser.add_argument("tests", nargs="+", metavar="NAME=COMMAND")
@@ -96,8 +106,11 @@ def main() -> int:
             if result.failed:
                 print(result.output, end="" if result.output.endswith("\n") else "\n")
             status = "ok  " if result.failed == 0 else "FAIL"
-            print(f"[{done}/{len(tests)}] {status} {result.name:44} {result.passed:5} passed {result.failed:3} failed "
-                  f"{result.seconds:6.1f} s {result.why}", flush=True)
+            print(
+                f"[{done}/{len(tests)}] {status} {result.name:44} {result.passed:5} passed {result.failed:3} failed "
+                f"{result.seconds:6.1f} s {result.why}",
+                flush=True,
+            )
     for result in results:
         if result.failed:
             print(f"FAIL {result.name} {result.why}")

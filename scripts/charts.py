@@ -8,10 +8,10 @@ import re
 from dataclasses import dataclass
 
 import matplotlib as mpl
-from findings import GPT2_SIZES, projections
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from findings import GPT2_SIZES, projections
 from runlog import OPTIMIZER_TITLES, WARMUP_STEPS, gsnr_by_type, is_number, si_bytes
 
 # Apart for colour-blind readers too, in this order. The second of each pair is for dark pages.

@@ -14,7 +14,6 @@ Prints a table, and writes losses.png, report.html (one file, to open or to send
 
 import argparse
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -26,8 +25,7 @@ from pathlib import Path
 
 from charts import losses_png
 from findings import ROOT, Findings
-
-from report import write_report
+from report import printable, write_report
 from runlog import LogError, Tail, duration, read_log
 
 OPTIMIZERS = ("adamw", "sgd_sai")
@@ -222,7 +220,7 @@ def print_samples(runs):
     """What each model wrote last."""
     for run in runs:
         if run.samples:
-            text = re.sub(r"[^\t\n\x20-\x7e\xa0-\U0010ffff]", "\ufffd", run.samples[-1]["text"])
+            text = printable(run.samples[-1]["text"])
             print(f"\n{run.label} writes after {run.samples[-1]['step']:,} steps:")
             print("\n".join("  " + line for line in text.splitlines()[:16]))
 
@@ -311,11 +309,10 @@ def main(argv=None):
         runs, failed = trained(args, common)
         output = args.output
     findings = Findings(runs)
+    written = write_results(findings, output)
     print_table(findings)
     print_samples(findings.runs)
-    print()
-    for path in write_results(findings, output):
-        print(path)
+    print("", *written, sep="\n")
     return 1 if failed else 0
 
 
@@ -326,3 +323,5 @@ if __name__ == "__main__":
         sys.exit(f"compare.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `compare.py ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from charts import losses_png
-
 from runlog import LogError, label_runs, read_log
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import matplotlib as mpl
+
 from charts import (
     OWNERS,
     STYLE,
@@ -23,7 +24,6 @@ from charts import (
     owners_of,
 )
 from findings import FACTS, GPT2_SIZES, Row, projections
-
 from runlog import OPTIMIZER_TITLES, gsnr_by_type, is_number, si_bytes
 
 STYLE_SHEET = Path(__file__).with_name("report.css")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the reference that test_gpt2 compares with: a GPT-2 computed by transformers and PyTorch in double precision.
+"""Makes the reference that test_gpt2 compares with: a GPT-2 of transformers and PyTorch in double precision.
 
     pip install -r dev/reference/requirements.txt
     python dev/reference/make_reference.py --out DIR [--layers 2 --channels 128 --vocab-size 97 ...]
@@ -8,19 +8,21 @@ DIR becomes a directory that Hugging Face opens (config.json, model.safetensors)
 
     expected.json            all options: sizes, schedule, the optimizers' settings
     expected.safetensors
-        tokens               (updates, micro_steps, B, T + 1), as fp32: inputs are [..., :-1], targets [..., 1:]
+        tokens               (updates, micro_steps, B, T + 1), as fp32: inputs [..., :-1], targets [..., 1:]
         logits, loss         of the first micro-batch
         grad.NAME            its gradient, and of it alone:
         gsnr.NAME            g-SNR of that gradient as stored, clipped, eps 1e-8
-        fed.VARIANT.NAME     weights after three updates fed with that gradient times each of `fed_factors`, clipped
-        run.VARIANT.loss, .grad_norm, .learning_rate    (updates): a training run of its own, with accumulation,
-        run.VARIANT.norm.NAME                           clipping, schedule and decay; norms of its final weights
-        run.VARIANT.NAME                                and those weights less the first ones
+        fed.VARIANT.NAME     weights after three updates fed with it times each of `fed_factors`, clipped
+        run.VARIANT.loss, .grad_norm, .learning_rate
+                             (updates): a training run, with accumulation, clipping, schedule and decay
+        run.VARIANT.norm.NAME   norms of its final weights
+        run.VARIANT.NAME        those weights less the first ones
 
-VARIANT is adamw (torch.optim.AdamW), sgd_sai_raw (the authors' package, PyPI sgd-sai) or sgd_sai_normalized (algorithm 1 of
-arXiv 2412.11768, with the unbiased variance that the package has). NAME is Hugging Face's.
+VARIANT is adamw (torch.optim.AdamW), sgd_sai_raw (the authors' package, PyPI sgd-sai) or sgd_sai_normalized
+(algorithm 1 of arXiv 2412.11768, with the unbiased variance that the package has). NAME is Hugging Face's.
 
---compact stores gradients and final weights as fp16 times a power of two (NAME.exponent), to keep a reference small.
+--compact stores gradients and final weights as fp16 times a power of two (NAME.exponent), which keeps a
+reference small.
 """
 
 import argparse
@@ -42,7 +44,7 @@ VARIANTS = {
 
 
 class NormalizedSai:
-    """Algorithm 1 of arXiv 2412.11768: gains are g-SNR over the largest of all blocks, measured on the first gradient."""
+    """Algorithm 1 of arXiv 2412.11768: gains are g-SNR over the largest of all blocks, of the first gradient."""
 
     def __init__(self, groups, lr, momentum, eps):
         self.param_groups = groups
@@ -62,16 +64,28 @@ class NormalizedSai:
             for p in group["params"]:
                 state = self.state[p]
                 first = state["m"] is None
-                state["m"] = p.grad.clone() if first else self.momentum * state["m"] + (1 - self.momentum) * p.grad
+                state["m"] = (
+                    p.grad.clone() if first else self.momentum * state["m"] + (1 - self.momentum) * p.grad
+                )
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(state["m"], alpha=-float(group["lr"] * state["gain"]))
 
 
 def make_model(args) -> GPT2LMHeadModel:
     """A GPT-2 in double precision whose weights are exact in bf16 and large enough that every gradient matters."""
-    config = GPT2Config(vocab_size=args.vocab_size, n_positions=args.positions, n_embd=args.channels,
-                        n_layer=args.layers, n_head=args.channels // 64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                        bos_token_id=None, eos_token_id=None, attn_implementation="eager")
+    config = GPT2Config(
+        vocab_size=args.vocab_size,
+        n_positions=args.positions,
+        n_embd=args.channels,
+        n_layer=args.layers,
+        n_head=args.channels // 64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="eager",
+    )
     torch.manual_seed(args.seed)
     model = GPT2LMHeadModel(config).double()
     with torch.no_grad():
@@ -108,8 +122,10 @@ def clip(model, limit) -> float:
 def make_optimizer(variant, model):
     """The optimizer of a variant; weight decay on tensors of two dimensions alone."""
     o = VARIANTS[variant]
-    groups = [{"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": o["weight_decay"]},
-              {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": o["weight_decay"]},
+        {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0},
+    ]
     if variant == "adamw":
         return torch.optim.AdamW(groups, lr=o["learning_rate"], betas=(o["beta1"], o["beta2"]), eps=o["eps"])
     if variant == "sgd_sai_raw":
@@ -135,7 +151,7 @@ def restore(model, weights):
 
 
 def without_key_bias(name, p):
-    """The K third of the qkv bias has zero gradient but for rounding, of which AdamW makes full steps: it is left out."""
+    """Leaves out the K third of the qkv bias: its gradient is rounding alone, and AdamW makes full steps of that."""
     if not name.endswith("attn.c_attn.bias"):
         return p
     q, _, v = p.chunk(3)
@@ -177,7 +193,7 @@ def run(args, model, variant, weights, tokens) -> tuple[dict, dict]:
 
 
 def store(out, name, tensor, compact):
-    """Puts a tensor into `out`: fp32, or, where compact, fp16 after division by a power of two. Returns what is stored."""
+    """Puts a tensor into `out`: fp32, or, where compact, fp16 times a power of two. Returns what is stored."""
     if not compact:
         out[name] = tensor.float().contiguous()
         return out[name].double()
@@ -189,16 +205,30 @@ def store(out, name, tensor, compact):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
-    for flag, default in [("layers", 2), ("channels", 64), ("vocab-size", 97), ("positions", 40), ("seq-len", 33),
-                          ("batch-size", 3), ("micro-steps", 2), ("updates", 10), ("warmup-steps", 3), ("seed", 1)]:
+    for flag, default in [
+        ("layers", 2),
+        ("channels", 64),
+        ("vocab-size", 97),
+        ("positions", 40),
+        ("seq-len", 33),
+        ("batch-size", 3),
+        ("micro-steps", 2),
+        ("updates", 10),
+        ("warmup-steps", 3),
+        ("seed", 1),
+    ]:
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--grad-clip", type=float, default=1.0)
     parser.add_argument("--final-lr-fraction", type=float, default=0.1)
     parser.add_argument("--variants", default=",".join(VARIANTS), help="those that get fed and run weights")
     parser.add_argument("--compact", action="store_true")
-    parser.add_argument("--bf16-weights", action="store_true", help="save model.safetensors as bf16 (it is exact)")
+    parser.add_argument(
+        "--bf16-weights", action="store_true", help="save model.safetensors as bf16 (it is exact)"
+    )
     args = parser.parse_args()
     if args.channels % 64:
         parser.error(f"--channels {args.channels} is not a multiple of 64")
@@ -212,9 +242,15 @@ def main():
     model = model.double()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     generator = torch.Generator().manual_seed(args.seed + 1)
-    tokens = torch.randint(args.vocab_size, (args.updates, args.micro_steps, args.batch_size, args.seq_len + 1),
-                           generator=generator, dtype=torch.int32)
-    tokens[..., ::3] = tokens[..., ::3] % 5  # some tokens come often, as in text: long runs in the embedding's backward
+    tokens = torch.randint(
+        args.vocab_size,
+        (args.updates, args.micro_steps, args.batch_size, args.seq_len + 1),
+        generator=generator,
+        dtype=torch.int32,
+    )
+    tokens[..., ::3] = (
+        tokens[..., ::3] % 5
+    )  # some tokens come often, as in text: long runs in the embedding's backward
 
     out = {"tokens": tokens.float()}
     model.zero_grad()
@@ -222,7 +258,9 @@ def main():
     loss.backward()
     out["loss"], out["logits"] = loss.detach().float().reshape(1), logits.detach().float().contiguous()
     # What is fed and measured is the gradient as stored: so rounding it is no error of those that read it.
-    gradients = {name: store(out, f"grad.{name}", p.grad, args.compact) for name, p in model.named_parameters()}
+    gradients = {
+        name: store(out, f"grad.{name}", p.grad, args.compact) for name, p in model.named_parameters()
+    }
     norm = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
     c = args.grad_clip / norm if 0 < args.grad_clip < norm else 1.0
     for name, g in gradients.items():
@@ -241,11 +279,15 @@ def main():
         for name, p in fed(args, model, variant, weights, gradients).items():
             out[f"fed.{variant}.{name}"] = p.float().contiguous()
     save_file(out, args.out / "expected.safetensors", metadata={"format": "pt"})
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "variants", "compact", "bf16_weights")}
+    settings = {
+        k: v for k, v in vars(args).items() if k not in ("out", "variants", "compact", "bf16_weights")
+    }
     settings |= {"fed_factors": FED_FACTORS, "variants": VARIANTS, "torch": torch.__version__}
     (args.out / "expected.json").write_text(json.dumps(settings, indent=2) + "\n")
     size = sum(f.stat().st_size for f in args.out.iterdir())
-    print(f"{args.out}: {sum(p.numel() for p in model.parameters())} parameters, loss {float(loss):.4f}, {size} bytes")
+    print(
+        f"{args.out}: {sum(p.numel() for p in model.parameters())} parameters, loss {float(loss):.4f}, {size} bytes"
+    )
 
 
 if __name__ == "__main__":

@@ -18,11 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import dataset
 import shakespeare
 import shards
+import sources
 import text
+from dataset import build
+from encoder import Options
 from shards import HEADER_BYTES, BytesTokenizer, DataError, Gpt2Tokenizer, read_shard, unigram_entropy
-from text import Options, build, find_sources
 
 DATA = Path(shards.__file__).parent
 
@@ -54,8 +57,8 @@ def all_documents(folder):
 
 def make(tmp_path, arguments, output="out", processes=1, format_name="auto", **options):
     options = Options(**({"tokenizer": "bytes"} | options))
-    sources = find_sources([str(argument) for argument in arguments], format_name)
-    return build(sources, tmp_path / output, options, processes, quiet=True)
+    inputs = sources.find_sources([str(argument) for argument in arguments], format_name)
+    return build(inputs, tmp_path / output, options, processes, quiet=True)
 
 
 def some_documents(count, seed=1, size=300):
@@ -170,7 +173,7 @@ def test_merges_with_another_hash_are_refused(monkeypatch):
 @pytest.mark.parametrize("shard_tokens", [7, 100, 1000, 10**6])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_document_whole_and_in_order(tmp_path, shard_tokens, processes, monkeypatch):
-    monkeypatch.setattr(text, "PIECE_BYTES", 256)  # in the readers: many pieces
+    monkeypatch.setattr(sources, "PIECE_BYTES", 256)  # in the readers: many pieces
     size = 60 if shard_tokens == 7 else 300
     texts = some_documents(25, size=size)
     for i, sample in enumerate(texts):
@@ -205,14 +208,14 @@ def test_cutting_a_long_document_changes_no_gpt2_token(tmp_path, gpt2, monkeypat
     whole = "".join(some_documents(60)) + " \u3000 \u00a0\n end"
     (tmp_path / "a.txt").write_text(whole, newline="")
     (tmp_path / "b.txt").write_text("end")
-    monkeypatch.setattr(text, "PIECE_BYTES", 64)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 64)
     make(tmp_path, [tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer="gpt2")
     assert documents_of(read_set(tmp_path / "out", "train"), 50256) == [gpt2.encode(whole).tolist()]
 
 
 def test_text_without_spaces_is_cut_between_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "PIECE_BYTES", 64)
-    monkeypatch.setattr(text, "MAX_UNCUT_BYTES", 100)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 64)
+    monkeypatch.setattr(sources, "MAX_UNCUT_BYTES", 100)
     (tmp_path / "a.txt").write_text("漢字🙂" * 300)
     (tmp_path / "b.txt").write_text("end")
     make(tmp_path, [tmp_path / "a.txt", tmp_path / "b.txt"])
@@ -221,7 +224,7 @@ def test_text_without_spaces_is_cut_between_characters(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("separator", ["<|endoftext|>", "\\n\\n\\n", "=", "= = ="])
 def test_separator(tmp_path, separator, monkeypatch):
-    monkeypatch.setattr(text, "PIECE_BYTES", 50)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 50)
     plain = separator.replace("\\n", "\n")
     texts = [t.replace("\n", " ").replace("\t", " ").strip() for t in some_documents(40, size=60)]
     (tmp_path / "a.txt").write_text(plain.join([*texts, ""]), newline="")
@@ -233,7 +236,7 @@ def test_separator(tmp_path, separator, monkeypatch):
 
 def test_jsonl_gzip_zstd_and_plain_agree(tmp_path, monkeypatch):
     zstandard = pytest.importorskip("zstandard")
-    monkeypatch.setattr(text, "PIECE_BYTES", 200)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 200)
     texts = some_documents(30, size=60)
     lines = "".join(json.dumps({"id": i, "body": t}) + "\n" for i, t in enumerate(texts)).encode()
     half = len(lines) // 2
@@ -290,12 +293,12 @@ def test_folders_globs_and_order(tmp_path):
         path = tmp_path / "in" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
-    found = [os.path.relpath(s.path, tmp_path / "in") for s in find_sources([str(tmp_path / "in")])]
+    found = [os.path.relpath(s.path, tmp_path / "in") for s in sources.find_sources([str(tmp_path / "in")])]
     assert found == ["a.jsonl", "b/1.txt", "b/2.txt", "b/c/0.txt"]
     pattern = str(tmp_path / "in" / "**" / "*.txt")
-    found = find_sources([pattern, str(tmp_path / "in" / "b" / "1.txt")])
+    found = sources.find_sources([pattern, str(tmp_path / "in" / "b" / "1.txt")])
     assert [Path(s.path).name for s in found] == ["1.txt", "2.txt", "0.txt"]  # each once
-    assert find_sources([str(tmp_path / "in" / "note.md")], "txt")[0].format == "txt"
+    assert sources.find_sources([str(tmp_path / "in" / "note.md")], "txt")[0].format == "txt"
 
 
 def test_validation_rules(tmp_path):
@@ -337,7 +340,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "parquet"])
 def test_resumed_after_any_shard_equals_uninterrupted(tmp_path, kind, monkeypatch):
     """Stopped right after each full shard in turn, and in the middle of one."""
-    monkeypatch.setattr(text, "PIECE_BYTES", 300)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 300)
     texts = some_documents(24, size=60)
     folder = tmp_path / "in"
     folder.mkdir()
@@ -356,7 +359,7 @@ def test_resumed_after_any_shard_equals_uninterrupted(tmp_path, kind, monkeypatc
     whole = make(tmp_path, [folder], output="whole", shard_tokens=400)
     shard_count = -(-sum(whole["tokens"].values()) // 400)
     assert shard_count > 3
-    close = text.ShardWriter.close
+    close = dataset.ShardWriter.close
     for stop in range(shard_count - 1):
 
         def stopping(self, stop=stop):
@@ -364,11 +367,11 @@ def test_resumed_after_any_shard_equals_uninterrupted(tmp_path, kind, monkeypatc
                 raise Stop
             close(self)
 
-        monkeypatch.setattr(text.ShardWriter, "close", stopping)
+        monkeypatch.setattr(dataset.ShardWriter, "close", stopping)
         with pytest.raises(Stop):
             make(tmp_path, [folder], output="out", shard_tokens=400)
         assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(text.ShardWriter, "close", close)
+    monkeypatch.setattr(dataset.ShardWriter, "close", close)
     resumed = make(tmp_path, [folder], output="out", shard_tokens=400)
     assert resumed == whole
     for path in (tmp_path / "whole").iterdir():
@@ -381,7 +384,7 @@ def test_stopped_while_finishing(tmp_path, name, monkeypatch):
         (tmp_path / f"{i:02d}.txt").write_text(sample, newline="")
     files = sorted(tmp_path.glob("*.txt"))
     whole = make(tmp_path, files, output="whole", shard_tokens=500)
-    real, calls = getattr(text, name), []
+    real, calls = getattr(dataset, name), []
 
     def failing(*arguments):
         calls.append(name)
@@ -389,10 +392,10 @@ def test_stopped_while_finishing(tmp_path, name, monkeypatch):
             raise Stop
         return real(*arguments)
 
-    monkeypatch.setattr(text, name, failing)
+    monkeypatch.setattr(dataset, name, failing)
     with pytest.raises(Stop):
         make(tmp_path, files, output="out", shard_tokens=500)
-    monkeypatch.setattr(text, name, real)
+    monkeypatch.setattr(dataset, name, real)
     assert make(tmp_path, files, output="out", shard_tokens=500) == whole
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
         p.name for p in (tmp_path / "whole").iterdir()
@@ -441,18 +444,18 @@ def test_killed_process_goes_on(tmp_path):
 def test_resume_refuses_changed_options_and_changed_input(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("word " * 2000)
-    monkeypatch.setattr(text, "PIECE_BYTES", 500)
-    close = text.ShardWriter.close
+    monkeypatch.setattr(sources, "PIECE_BYTES", 500)
+    close = dataset.ShardWriter.close
 
     def stopping(self):
         if len(self.shards) == 2:
             raise Stop
         close(self)
 
-    monkeypatch.setattr(text.ShardWriter, "close", stopping)
+    monkeypatch.setattr(dataset.ShardWriter, "close", stopping)
     with pytest.raises(Stop):
         make(tmp_path, [path], shard_tokens=2000)
-    monkeypatch.setattr(text.ShardWriter, "close", close)
+    monkeypatch.setattr(dataset.ShardWriter, "close", close)
     with pytest.raises(DataError, match="begun with --shard-tokens 2000, not 3000"):
         make(tmp_path, [path], shard_tokens=3000)
     info = path.stat()
@@ -550,7 +553,7 @@ def test_errors_replace(tmp_path):
 def test_bad_encoding_far_into_a_file_names_the_byte(tmp_path, monkeypatch):
     data = b"word " * 1000 + b"\xff" + b" word" * 100
     (tmp_path / "a.txt").write_bytes(data)
-    monkeypatch.setattr(text, "PIECE_BYTES", 300)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 300)
     with pytest.raises(DataError, match=r"at byte 5,000 \(0xff\)"):
         make(tmp_path, [tmp_path / "a.txt"])
 

@@ -11,10 +11,10 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-import synthetic_log
-from findings import Findings
 
 import report
+import synthetic_log
+from findings import Findings
 from runlog import read_log
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -14,14 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-import findings
 import pytest
+
+import compare
+import findings
+import plot
 import synthetic_log
 import to_tensorboard
 from findings import Findings
-
-import compare
-import plot
 from runlog import LogError, Tail, differing_options, duration, label_runs, read_log, si_bytes, tensor_type
 
 SCRIPTS = Path(compare.__file__).parent
@@ -260,11 +260,13 @@ def test_texts_of_numbers():
 
 
 def test_unigram_entropy_of_the_validation_files(tmp_path):
-    import text
+    import dataset
+    from encoder import Options
+    from sources import find_sources
 
     (tmp_path / "in.txt").write_text("aab" * 50)
-    options = text.Options(tokenizer="bytes")
-    text.build(text.find_sources([str(tmp_path / "in.txt")]), tmp_path / "data", options, quiet=True)
+    inputs = find_sources([str(tmp_path / "in.txt")])
+    dataset.build(inputs, tmp_path / "data", Options(tokenizer="bytes"), quiet=True)
     val = tmp_path / "data" / "val_000000.bin"
     found = findings_of(
         tmp_path, {"val_files": [str(val)]}, {"optimizer": "sgd_sai", "val_files": [str(val)]}
