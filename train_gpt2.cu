@@ -17,6 +17,7 @@
 #include "llmc/memory_plan.cuh"  // plan_memory, print_memory_plan, check_memory
 #include "llmc/optimizer.cuh"    // Optimizer
 #include "llmc/options.h"        // Options, parse_options
+#include "llmc/profile_report.cuh"  // measure_ceilings, profile_report
 #include "llmc/sampler.h"        // sample_token
 #include "llmc/schedule.h"       // scheduled_learning_rate
 #include "llmc/screen.h"         // Screen
@@ -82,6 +83,7 @@ struct Run {
                            o.total_batch / o.seq_len, static_cast<uint64_t>(o.seed), o.shuffle};
     std::unique_ptr<ValLoader> val_data = val_loader(o);
     Logger logger{o.output_dir};
+    const Ceilings ceilings = o.profile > 0 ? measure_ceilings(o.tune, gpu) : Ceilings{};
     Matmuls matmuls = prepared_matmuls(o, config, gpu);
     Gpt2 model{config, matmuls, gpu};
     Optimizer optimizer{optimizer_options, model.table.blocks(), gpu};
@@ -97,6 +99,7 @@ struct Run {
     void save(int64_t step);
     void tell(const StepResult& result);
     bool diverged() const { return skipped_in_a_row >= kMaxSkippedInARow; }
+    int profile();
     int finish(int64_t step);
 };
 
@@ -212,6 +215,33 @@ void Run::tell(const StepResult& result) {
     screen.step(report);
 }
 
+// --profile: the first updates, which make plans and graphs; so many as in training; and as many with every launch timed.
+// Then the table. The model is not saved. Returns the program's exit status.
+int Run::profile() {
+    constexpr int64_t kWarmUp = 3;
+    const int64_t first_timed = kWarmUp + o.profile + 1, last = kWarmUp + 2 * o.profile;
+    std::vector<double> trained_ms, profiled_ms;
+    auto take = [&](const std::optional<StepResult>& result) {
+        if (!result) return;
+        tell(*result);
+        if (result->step > kWarmUp) (result->step < first_timed ? trained_ms : profiled_ms).push_back(result->step_ms);
+    };
+    for (int64_t step = 1; step <= last; step++) {
+        if (step == first_timed) take(trainer.flush()), model.profile.start();
+        take(trainer.step(step, scheduled_learning_rate(o, std::min(step, o.steps)), train_data));
+    }
+    take(trainer.flush());
+    const size_t state_bytes = Optimizer::state_bytes(optimizer_options, model.table.padded_parameters(),
+                                                      model.table.blocks().size());
+    const ProfileReport report = profile_report(
+        model, matmuls, ceilings, {.micro_steps = train_data.micro_steps(), .state_bytes = state_bytes, .graph = o.graph,
+                                   .trained_ms = trained_ms, .profiled_ms = profiled_ms}, gpu);
+    logger.write(profile_record(report));
+    logger.write(record("end").add("step", last).add("status", "profiled"));
+    screen.message("%s", profile_table(report).c_str());
+    return 0;
+}
+
 // The last records, and the program's exit status. A run that diverged, or applied nothing, fails; its weights, which
 // are those of the last applied update, are saved all the same.
 int Run::finish(int64_t step) {
@@ -237,6 +267,7 @@ int main(int argc, char** argv) {
     Run run{o, gpu, config};
     run.load_or_initialise();
     run.log_head(run_record(argc, argv, o, kBuildCommit));
+    if (o.profile > 0) return run.profile();
 
     int64_t step = 0;  // updates done
     for (;; step++) {

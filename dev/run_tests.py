@@ -107,7 +107,8 @@ def main() -> int:
                 print(result.output, end="" if result.output.endswith("\n") else "\n")
             status = "ok  " if result.failed == 0 else "FAIL"
             print(
-                f"[{done}/{len(tests)}] {status} {result.name:44} {result.passed:5} passed {result.failed:3} failed "
+                f"[{done}/{len(tests)}] {status} {result.name:44} "
+                f"{result.passed:5} passed {result.failed:3} failed "
                 f"{result.seconds:6.1f} s {result.why}",
                 flush=True,
             )

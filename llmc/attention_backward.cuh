@@ -1,18 +1,20 @@
-// Causal self-attention, backward, head size 64. From dO and what forward left (Q, K, V, O, L; see attention_forward.cuh):
+// Causal self-attention, backward, head size 64. From dO and what forward left (Q, K, V, O, L; see
+// attention_forward.cuh):
 //
 //     P_ij = 2^(S_ij log2 e - L_i)          D_i = sum_d dO_id O_id = sum_j P_ij dP_ij
 //     dV = P^T dO        dP = dO V^T        dS = P o (dP - D)        dK = dS^T Q / 8        dQ = dS K / 8
 //
 // and the bias gradient of the projection that made Q, K and V: the column sums of dQ, dK, dV.
 //
-// Seven products of tiles, five of them different. A warp computes S and dP for 32 x 32 queries and keys at a time; P and dS
-// stay in its registers. Every sum is made by one block in one order: no atomics, the same bits each run. Two schemes:
+// Seven products of tiles, five of them different. A warp computes S and dP for 32 x 32 queries and keys at a
+// time; P and dS stay in its registers. Every sum is made by one block in one order: no atomics, the same
+// bits each run. Two schemes:
 //
-//   walked  A block takes a whole head and walks its key blocks, five products. It computes S^T and dP^T (keys are rows), so
-//           that P^T and dS^T are left operands as they lie in registers, keeps dK and dV of 128 keys in registers, and
-//           sends dS through shared memory for dQ += dS K. dQ is a sum over key blocks: fp32, in the block's own scratch,
-//           each element always by the same thread. The first key block assigns, the last (on the diagonal) converts and
-//           writes: no memset, no kernel before or after.
+//   walked  A block takes a whole head and walks its key blocks, five products. It computes S^T and dP^T
+//           (keys are rows), so that P^T and dS^T are left operands as they lie in registers, keeps dK and dV
+//           of 128 keys in registers, and sends dS through shared memory for dQ += dS K. dQ is a sum over key
+//           blocks: fp32, in the block's own scratch, each element always by the same thread. The first key
+//           block assigns, the last (on the diagonal) converts and writes: no memset, no kernel before.
 //
 //                   queries 0  32  64  96 128 160 ...         steps of 32 queries, from the diagonal on
 //       keys    0 [ warp 0  \   .   .   .   .   .             \  masked      .  whole
@@ -20,11 +22,11 @@
 //       keys   64 [ warp 2          \   .   .   .
 //       keys   96 [ warp 3              \   .   .
 //
-//   split   Two kernels, seven products: dQ by query blocks (S, dP, dQ), then dK, dV by key blocks (S, dP, dV, dK). No scratch
-//           but D, nothing crosses warps, and T / 128 times as many blocks.
+//   split   Two kernels, seven products: dQ by query blocks (S, dP, dQ), then dK, dV by key blocks (S, dP,
+//           dV, dK). No scratch but D, nothing crosses warps, and T / 128 times as many blocks.
 //
-// Walking a head is cheaper by 5 : 7, but heads come in whole waves of resident blocks: plan_walked_heads() walks the whole
-// waves and splits the remainder, or everything when there are few heads.
+// Walking a head is cheaper by 5 : 7, but heads come in whole waves of resident blocks: plan_walked_heads()
+// walks the whole waves and splits the remainder, or everything when there are few heads.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -38,13 +40,14 @@
 
 namespace attention {
 
-inline constexpr int kStepQueries = 32;  // queries of a step by keys: S^T and dP^T of 32 x 32 a warp are 64 registers beside
-                                         // the 128 of dK and dV; 64 queries would spill
-inline constexpr int kStepKeys = 32;     // keys of a step by queries: the same beside dQ's 64 and the 64 of Q and dO
-inline constexpr int kTileKeys = 64;     // keys that come by one cp.async group, two steps
+// Queries of a step by keys: S^T and dP^T of 32 x 32 a warp are 64 registers a thread beside the 128 of dK
+// and dV; with 64 queries they would spill. Keys of a step by queries: the same beside the 64 of dQ and the
+// 64 of Q and dO.
+inline constexpr int kStepQueries = 32, kStepKeys = 32;
+inline constexpr int kTileKeys = 64;  // keys that come by one cp.async group: two steps, half the barriers
 
-// Column sums over a block's rows are made of 32 rows of partial sums (8 lanes x 4 warps); 8 words of padding let the
-// eight lanes of a column write without a bank conflict.
+// Column sums over a block's rows are made of 32 rows of partial sums (8 lanes x 4 warps); 8 words of padding
+// let the eight lanes of a column write without a bank conflict.
 using ColumnSums = float[kWarps * 8][kHeadSize + 8];
 
 // What the kernels share: tensors, shapes, and scratch that they don't own.
@@ -58,16 +61,23 @@ struct BackwardArguments {
     int first_head;  // heads before it belong to another launch
 
     __device__ int blocks() const { return (T + kBlockRows - 1) / kBlockRows; }
-    __device__ float2* stats_of(int head) const { return row_stats + static_cast<size_t>(head) * blocks() * kBlockRows; }
-    __device__ HeadRows<bf16> gradient(Which which, int head) const { return packed_rows(dqkv, which, head, T, NH); }
-    __device__ HeadRows<const bf16> input(Which which, int head) const { return packed_rows(qkv, which, head, T, NH); }
+    __device__ float2* stats_of(int head) const {
+        return row_stats + static_cast<size_t>(head) * blocks() * kBlockRows;
+    }
+    __device__ HeadRows<bf16> gradient(Which which, int head) const {
+        return packed_rows(dqkv, which, head, T, NH);
+    }
+    __device__ HeadRows<const bf16> input(Which which, int head) const {
+        return packed_rows(qkv, which, head, T, NH);
+    }
     __device__ float* bias_row(Which which, int head, int block) const {
         const size_t b = head / NH, h = head % NH;
         return bias_partial + (((b * blocks() + block) * 3 + which) * NH + h) * kHeadSize;
     }
 };
 
-// {L, D} of a query, {0, 0} beyond T: there Q, dO are zeros too, so that P = 1, dS = 0, and nothing is added anywhere.
+// {L, D} of a query, {0, 0} beyond T: there Q, dO are zeros too, so that P = 1, dS = 0, and nothing is added
+// anywhere.
 __device__ inline float2 query_stats(const BackwardArguments& a, int head, int query) {
     if (query >= a.T) return float2{0.0f, 0.0f};
     const bf16* o = plain_rows(a.out, head, a.T, a.NH).row(query);
@@ -82,14 +92,16 @@ __device__ inline float2 query_stats(const BackwardArguments& a, int head, int q
     return float2{a.lse[static_cast<size_t>(head) * a.T + query], dot};
 }
 
-// sums[c] = factor x the sum of column c of the accumulators of all warps. The block's threads all come; `partial` must be
-// free, and is again after the next barrier.
-__device__ inline void store_column_sums(float* sums, const float (&c)[2][8][4], float factor, ColumnSums& partial) {
+// sums[c] = factor x the sum of column c of the accumulators of all warps. The block's threads all come;
+// `partial` must be free, and is again after the next barrier.
+__device__ inline void store_column_sums(float* sums, const float (&c)[2][8][4], float factor,
+                                         ColumnSums& partial) {
     const int thread = ptx::opaque(threadIdx.x), warp = thread / 32, lane = thread % 32;
 #pragma unroll
     for (int n = 0; n < 8; n++)
         *reinterpret_cast<float2*>(&partial[warp * 8 + lane / 4][8 * n + lane % 4 * 2]) =
-            float2{(c[0][n][0] + c[0][n][2]) + (c[1][n][0] + c[1][n][2]), (c[0][n][1] + c[0][n][3]) + (c[1][n][1] + c[1][n][3])};
+            float2{(c[0][n][0] + c[0][n][2]) + (c[1][n][0] + c[1][n][2]),
+                   (c[0][n][1] + c[0][n][3]) + (c[1][n][1] + c[1][n][3])};
     __syncthreads();
     if (thread < kHeadSize) {
         float sum = 0.0f;
@@ -99,14 +111,15 @@ __device__ inline void store_column_sums(float* sums, const float (&c)[2][8][4],
     }
 }
 
-// ---- by key blocks: dK, dV, and in the walked scheme dQ ----------------------------------------------------------------
+// ---- by key blocks: dK, dV, and in the walked scheme dQ ---------------------------------------------------
 
 struct QueryStep {
     Tile<kStepQueries> q, d_o;
     alignas(16) float2 stats[kStepQueries];
 };
 
-// Where a head lies. It is kept in shared memory and read when something is loaded or stored: registers have no room.
+// Where a head lies. It is kept in shared memory and read when something is loaded or stored: registers have
+// no room.
 struct HeadPlace {
     HeadRows<const bf16> q, k, v, d_o;
     HeadRows<bf16> dq, dk, dv;
@@ -152,9 +165,10 @@ __device__ inline void load_step(QueryStep& s, const HeadPlace& head, int step, 
     ptx::cp_async_commit();
 }
 
-// p = P^T and ds = dS^T of the warp's 32 keys (rows) and the step's 32 queries (columns). -D is where dP's sums start.
-__device__ inline void gradients_by_key(float (&p)[2][4][4], float (&ds)[2][4][4], KeyBlockShared& s, QueryStep& step,
-                                        int warp_row, bool on_diagonal) {
+// p = P^T and ds = dS^T of the warp's 32 keys (rows) and the step's 32 queries (columns). -D is where dP's
+// sums start.
+__device__ inline void gradients_by_key(float (&p)[2][4][4], float (&ds)[2][4][4], KeyBlockShared& s,
+                                        QueryStep& step, int warp_row, bool on_diagonal) {
     const int lane = threadIdx.x % 32;
     const auto stats_of = [&](int n) {  // {L, D, L, D} of this lane's two queries in columns 8 n .. 8 n + 7
         return *reinterpret_cast<const float4*>(&step.stats[8 * n + lane % 4 * 2]);
@@ -168,7 +182,8 @@ __device__ inline void gradients_by_key(float (&p)[2][4][4], float (&ds)[2][4][4
         for (int m = 0; m < 2; m++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                const bool future = on_diagonal && 16 * m + e / 2 * 8 + lane / 4 > 8 * n + lane % 4 * 2 + e % 2;
+                const bool future =
+                    on_diagonal && 16 * m + e / 2 * 8 + lane / 4 > 8 * n + lane % 4 * 2 + e % 2;
                 const float score = future ? -INFINITY : p[m][n][e];
                 p[m][n][e] = ptx::ex2(fmaf(score, kScaleLog2, e % 2 ? -stats.z : -stats.x));
                 ds[m][n][e] = e % 2 ? -stats.w : -stats.y;
@@ -190,21 +205,23 @@ __device__ inline void store_ds(Tile<kBlockRows>& tile, const float (&ds)[2][4][
     for (int i = 0; i < 4; i++)
 #pragma unroll
         for (int n = 0; n < 4; n++)
-            *reinterpret_cast<uint32_t*>(tile.chunk(warp_row + 8 * i + lane / 4, step % 2 * 4 + n) + lane % 4 * 4) =
+            *reinterpret_cast<uint32_t*>(tile.chunk(warp_row + 8 * i + lane / 4, step % 2 * 4 + n) +
+                                         lane % 4 * 4) =
                 ptx::pack_bf16(ds[i / 2][n][i % 2 * 2], ds[i / 2][n][i % 2 * 2 + 1]);
 }
 
 // The walked scheme's dQ of one step: 32 queries x the 16 columns of this warp, as dq[m][n][4].
 struct StepDq {
     float dq[2][2][4];
-    int thread;  // threadIdx.x by ptx::opaque, so that no address of this phase takes a register in the others
+    int thread;  // threadIdx.x by ptx::opaque: then no address of this phase takes a register in the others
 
     // What earlier key blocks have summed; this thread wrote it.
     __device__ void load(const float4* scratch, int step) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float4 v = scratch[(static_cast<size_t>(step) * 4 + i) * kThreads + thread];
-            dq[i / 2][i % 2][0] = v.x, dq[i / 2][i % 2][1] = v.y, dq[i / 2][i % 2][2] = v.z, dq[i / 2][i % 2][3] = v.w;
+            dq[i / 2][i % 2][0] = v.x, dq[i / 2][i % 2][1] = v.y, dq[i / 2][i % 2][2] = v.z,
+                          dq[i / 2][i % 2][3] = v.w;
         }
     }
     __device__ void store(float4* scratch, int step) const {
@@ -226,7 +243,8 @@ struct StepDq {
         }
     }
     // The sums are complete: out they go, and into the column sums, which the block's first step starts.
-    __device__ void finish(HeadRows<bf16> rows, int T, int step, float (&columns)[8][kHeadSize], bool first) const {
+    __device__ void finish(HeadRows<bf16> rows, int T, int step, float (&columns)[8][kHeadSize],
+                           bool first) const {
         const int lane = thread % 32, g = lane / 4;
 #pragma unroll
         for (int n = 0; n < 2; n++) {
@@ -241,19 +259,19 @@ struct StepDq {
             for (int i = 0; i < 4; i++) {
                 const int query = step * kStepQueries + 8 * i + g;
                 if (query < T)
-                    *reinterpret_cast<uint32_t*>(rows.row(query) + column) =
-                        ptx::pack_bf16(dq[i / 2][n][i % 2 * 2] * kScale, dq[i / 2][n][i % 2 * 2 + 1] * kScale);
+                    *reinterpret_cast<uint32_t*>(rows.row(query) + column) = ptx::pack_bf16(
+                        dq[i / 2][n][i % 2 * 2] * kScale, dq[i / 2][n][i % 2 * 2 + 1] * kScale);
             }
         }
     }
 };
 
-// dK, dV of one key block of the head at s.head and, kWalked, its share of dQ; walk and dq_scratch are null otherwise. One
-// barrier a step: before it, each warp has used the step's Q and dO and written its dS, and the next step's have come; after
-// it, the step after next is sent for, and dQ is summed.
+// dK, dV of one key block of the head at s.head and, kWalked, its share of dQ; walk and dq_scratch are null
+// otherwise. One barrier a step: before it, each warp has used the step's Q and dO and written its dS, and
+// the next step's have come; after it, the step after next is sent for, and dQ is summed.
 template <bool kWalked>
-__device__ inline void backward_key_block(const BackwardArguments& a, int block, KeyBlockShared& s, WalkShared* walk,
-                                          float4* dq_scratch) {
+__device__ inline void backward_key_block(const BackwardArguments& a, int block, KeyBlockShared& s,
+                                          WalkShared* walk, float4* dq_scratch) {
     constexpr int kBlockSteps = kBlockRows / kStepQueries;
     const int warp = threadIdx.x / 32, warp_row = warp * kWarpRows;
     load_tile(s.k, s.head.k, block * kBlockRows, a.T);
@@ -283,17 +301,18 @@ __device__ inline void backward_key_block(const BackwardArguments& a, int block,
         if constexpr (kWalked) {
             StepDq sum;
             sum.thread = ptx::opaque(threadIdx.x);
+            fill(sum.dq, 0.0f);
             if (block > 0) sum.load(dq_scratch, step);
-            else fill(sum.dq, 0.0f);
             const bool last = past_diagonal < kBlockSteps;  // of the key blocks that these queries see
             sum.add(walk->ds, s.k, step, last ? (past_diagonal + 1) * kStepQueries : kBlockRows);
+            if (!last) sum.store(dq_scratch, step);
             if (last) sum.finish(s.head.dq, a.T, step, walk->dq_columns, past_diagonal == 0);
-            else sum.store(dq_scratch, step);
         }
     }
 
     const float scale[2][2] = {{kScale, kScale}, {kScale, kScale}}, one[2][2] = {{1.0f, 1.0f}, {1.0f, 1.0f}};
-    store_column_sums(s.head.bias_row(kKey, block, a.NH), dk, kScale, s.columns);  // its barrier frees K and V for what follows
+    // The barrier in it frees K and V, through whose places dK and dV go out.
+    store_column_sums(s.head.bias_row(kKey, block, a.NH), dk, kScale, s.columns);
     if constexpr (kWalked)
         if (threadIdx.x < kHeadSize) {
             float sum = 0.0f;
@@ -316,7 +335,8 @@ attention_backward_walk_kernel(BackwardArguments a, float4* dq_scratch, int head
     while (head < heads) {
         if (threadIdx.x == 0) s.block.head.set(a, head);
         float2* stats = a.stats_of(head);
-        for (int query = threadIdx.x; query < rows; query += kThreads) stats[query] = query_stats(a, head, query);
+        for (int query = threadIdx.x; query < rows; query += kThreads)
+            stats[query] = query_stats(a, head, query);
         for (int block = 0; block < a.blocks(); block++) {
             __syncthreads();  // head and statistics are there, and the last block's tiles are free
             backward_key_block<true>(a, block, s.block, &s, scratch);
@@ -335,7 +355,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_keys_kernel(Ba
     backward_key_block<false>(a, block, s, nullptr, nullptr);
 }
 
-// ---- by query blocks: dQ in the split scheme ---------------------------------------------------------------------------
+// ---- by query blocks: dQ in the split scheme --------------------------------------------------------------
 
 struct QueryBlockShared {  // 74 KB: two blocks an SM on A100 and H100
     Tile<kBlockRows> q, d_o;
@@ -348,9 +368,9 @@ struct QueryBlockShared {  // 74 KB: two blocks an SM on A100 and H100
 
 // dq += the share of 32 keys of a tile, from row `row`, the first of them `key`.
 template <int kRows>
-__device__ inline void add_dq_by_query(float (&dq)[2][8][4], const uint32_t (&q)[4][2][4], const uint32_t (&d_o)[4][2][4],
-                                       const float2 (&stats)[2][2], Tile<kRows>& k, Tile<kRows>& v, int row, int key,
-                                       int warp_query) {
+__device__ inline void add_dq_by_query(float (&dq)[2][8][4], const uint32_t (&q)[4][2][4],
+                                       const uint32_t (&d_o)[4][2][4], const float2 (&stats)[2][2],
+                                       Tile<kRows>& k, Tile<kRows>& v, int row, int key, int warp_query) {
     float p[2][4][4], ds[2][4][4];
     fill(p, 0.0f);
     multiply_transposed(p, q, k, row);
@@ -374,13 +394,14 @@ __device__ inline void add_dq_by_query(float (&dq)[2][8][4], const uint32_t (&q)
     multiply_accumulators(dq, ds, k, row);
 }
 
-// Grid: the query blocks of a head, longest first, head by head. Writes row_stats too, for the kernel by key blocks.
+// Grid: the query blocks of a head, longest first, head by head. Writes row_stats too, for the kernel by key
+// blocks.
 __global__ void __launch_bounds__(kThreads, 2) attention_backward_queries_kernel(BackwardArguments a) {
     QueryBlockShared& s = shared<QueryBlockShared>();
     const int head = a.first_head + blockIdx.x / a.blocks(), block = a.blocks() - 1 - blockIdx.x % a.blocks();
     const int warp_row = threadIdx.x / 32 * kWarpRows, lane = threadIdx.x % 32;
     const int block_query = block * kBlockRows, warp_query = block_query + warp_row;
-    const int end = block_query + kBlockRows < a.T ? block_query + kBlockRows : a.T;  // the keys that the block sees
+    const int end = block_query + kBlockRows < a.T ? block_query + kBlockRows : a.T;  // of the keys it sees
     const HeadRows<const bf16> keys = a.input(kKey, head), values = a.input(kValue, head);
 
     load_tile(s.q, a.input(kQuery, head), block_query, a.T);
@@ -409,7 +430,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_queries_kernel
 #pragma unroll 1
         for (int row = 0; row < kTileKeys; row += kStepKeys)
             if (key + row < warp_query + kWarpRows)
-                add_dq_by_query(dq, q, d_o, stats, s.stage[stage].k, s.stage[stage].v, row, key + row, warp_query);
+                add_dq_by_query(dq, q, d_o, stats, s.stage[stage].k, s.stage[stage].v, row, key + row,
+                                warp_query);
         ptx::cp_async_wait<0>();
         __syncthreads();  // the next stage is complete, and this one is free
     }
@@ -418,9 +440,10 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_queries_kernel
     store_column_sums(a.bias_row(kQuery, head, block), dq, kScale, s.columns);
 }
 
-// ---- bias --------------------------------------------------------------------------------------------------------------
+// ---- bias -------------------------------------------------------------------------------------------------
 
-inline constexpr int kBiasColumns = 32, kBiasRows = 8;  // a warp reads 128 bytes of a row, eight warps eight rows at a time
+// A warp reads 128 bytes of a row, eight warps eight rows at a time.
+inline constexpr int kBiasColumns = 32, kBiasRows = 8;
 
 struct BiasShared {
     float partial[kBiasRows][kBiasColumns];
@@ -434,7 +457,8 @@ attention_bias_kernel(float* bias, const float* partial, int rows, int width, Wr
     const int column = blockIdx.x * kBiasColumns + lane;
     float sum = 0.0f;
 #pragma unroll 4
-    for (int row = first; row < rows; row += kBiasRows) sum += partial[static_cast<size_t>(row) * width + column];
+    for (int row = first; row < rows; row += kBiasRows)
+        sum += partial[static_cast<size_t>(row) * width + column];
     s.partial[first][lane] = sum;
     __syncthreads();
     if (first > 0) return;
@@ -442,20 +466,21 @@ attention_bias_kernel(float* bias, const float* partial, int rows, int width, Wr
     bias[column] = write == Write::Add ? bias[column] + sum : sum;
 }
 
-// The fp32 build's partial sums: a block adds up kBlockRows rows of dqkv (B T, width). Grid: (width / 32, row blocks).
+// The fp32 build's partial sums: a block adds up kBlockRows rows of dqkv (B T, width). Grid: (row blocks,
+// width / 32).
 __global__ void __launch_bounds__(kBiasColumns)
 attention_bias_partial_fp32_kernel(float* partial, const float* dqkv, size_t rows, int width) {
-    const int column = blockIdx.x * kBiasColumns + threadIdx.x;
-    const size_t first = static_cast<size_t>(blockIdx.y) * kBlockRows;
+    const int column = blockIdx.y * kBiasColumns + threadIdx.x;
+    const size_t first = static_cast<size_t>(blockIdx.x) * kBlockRows;
     float sum = 0.0f;
     for (size_t row = first; row < first + kBlockRows && row < rows; row++) sum += dqkv[row * width + column];
-    partial[static_cast<size_t>(blockIdx.y) * width + column] = sum;
+    partial[static_cast<size_t>(blockIdx.x) * width + column] = sum;
 }
 
-// ---- host --------------------------------------------------------------------------------------------------------------
+// ---- host -------------------------------------------------------------------------------------------------
 
-// How many of `heads` heads are walked by `resident` blocks; the others are split. A wave of walked heads takes 5 units
-// however full it is; split, the same heads take 7 times the share of the wave that they fill.
+// How many of `heads` heads are walked by `resident` blocks; the others are split. A wave of walked heads
+// takes 5 units however full it is; split, the same heads take 7 times the share of the wave that they fill.
 inline int plan_walked_heads(int heads, int resident) {
     const int rest = heads % resident;
     return 7 * rest > 5 * resident ? heads : heads - rest;
@@ -476,19 +501,23 @@ struct BackwardScratch {
     }
 };
 
-// The two builds' versions of attention_backward below; walked_heads < 0 leaves the plan to plan_walked_heads().
-inline void backward(bf16* dqkv, float* dqkv_bias, float* scratch, const bf16* dout, const bf16* out, const bf16* qkv,
-                     const float* lse, int B, int T, int NH, Write write_bias, Gpu& gpu, int walked_heads = -1) {
+// The two builds' versions of attention_backward below; walked_heads < 0 leaves the plan to
+// plan_walked_heads().
+inline void backward(bf16* dqkv, float* dqkv_bias, float* scratch, const bf16* dout, const bf16* out,
+                     const bf16* qkv, const float* lse, int B, int T, int NH, Write write_bias, Gpu& gpu,
+                     int walked_heads = -1) {
     const BackwardScratch plan(B, T, NH, gpu);
     const int heads = B * NH, blocks = static_cast<int>(ceil_div(T, kBlockRows)), width = 3 * NH * kHeadSize;
     float* dq = scratch;
     float* row_stats = dq + plan.dq;
     float* bias_partial = row_stats + plan.row_stats;
-    BackwardArguments a{dqkv, bias_partial, reinterpret_cast<float2*>(row_stats), dout, out, qkv, lse, T, NH, 0};
+    BackwardArguments a{dqkv, bias_partial, reinterpret_cast<float2*>(row_stats), dout, out, qkv, lse, T, NH,
+                        0};
     const int walked = walked_heads < 0 ? plan_walked_heads(heads, plan.resident) : walked_heads;
     if (walked > 0) {
         const int grid = walked < plan.resident ? walked : plan.resident;
-        launch<WalkShared>(attention_backward_walk_kernel, {grid, kThreads}, gpu, a, reinterpret_cast<float4*>(dq), walked);
+        launch<WalkShared>(attention_backward_walk_kernel, {grid, kThreads}, gpu, a,
+                           reinterpret_cast<float4*>(dq), walked);
     }
     if (walked < heads) {
         const int64_t grid = static_cast<int64_t>(heads - walked) * blocks;
@@ -496,12 +525,13 @@ inline void backward(bf16* dqkv, float* dqkv_bias, float* scratch, const bf16* d
         launch<QueryBlockShared>(attention_backward_queries_kernel, {grid, kThreads}, gpu, a);
         launch<KeyBlockShared>(attention_backward_keys_kernel, {grid, kThreads}, gpu, a);
     }
-    launch<BiasShared>(attention_bias_kernel, {width / kBiasColumns, kBiasColumns * kBiasRows}, gpu, dqkv_bias, bias_partial,
-                       B * blocks, width, write_bias);
+    launch<BiasShared>(attention_bias_kernel, {width / kBiasColumns, kBiasColumns * kBiasRows}, gpu,
+                       dqkv_bias, bias_partial, B * blocks, width, write_bias);
 }
 
-inline void backward(float* dqkv, float* dqkv_bias, float* scratch, const float* dout, const float* out, const float* qkv,
-                     const float* lse, int B, int T, int NH, Write write_bias, Gpu& gpu, int /*walked_heads*/ = -1) {
+inline void backward(float* dqkv, float* dqkv_bias, float* scratch, const float* dout, const float* out,
+                     const float* qkv, const float* lse, int B, int T, int NH, Write write_bias, Gpu& gpu,
+                     int /*walked_heads*/ = -1) {
     const int width = 3 * NH * kHeadSize;
     const size_t rows = static_cast<size_t>(B) * T;
     const int64_t blocks = ceil_div(T, kRowThreads) * B * NH;
@@ -511,10 +541,10 @@ inline void backward(float* dqkv, float* dqkv_bias, float* scratch, const float*
     launch(attention_dq_fp32_kernel, {blocks, kRowThreads}, gpu, dqkv, row_dots, dout, out, qkv, lse, T, NH);
     launch(attention_dk_fp32_kernel, {blocks, kRowThreads}, gpu, dqkv, row_dots, dout, qkv, lse, T, NH);
     launch(attention_dv_fp32_kernel, {blocks, kRowThreads}, gpu, dqkv, dout, qkv, lse, T, NH);
-    launch(attention_bias_partial_fp32_kernel, {dim3(width / kBiasColumns, row_blocks), dim3(kBiasColumns)}, gpu, bias_partial,
-           dqkv, rows, width);
-    launch<BiasShared>(attention_bias_kernel, {width / kBiasColumns, kBiasColumns * kBiasRows}, gpu, dqkv_bias, bias_partial,
-                       static_cast<int>(row_blocks), width, write_bias);
+    launch(attention_bias_partial_fp32_kernel, {dim3(row_blocks, width / kBiasColumns), dim3(kBiasColumns)},
+           gpu, bias_partial, dqkv, rows, width);
+    launch<BiasShared>(attention_bias_kernel, {width / kBiasColumns, kBiasColumns * kBiasRows}, gpu,
+                       dqkv_bias, bias_partial, static_cast<int>(row_blocks), width, write_bias);
 }
 
 }  // namespace attention
@@ -524,11 +554,13 @@ inline size_t attention_backward_scratch_floats(int B, int T, int NH, const Gpu&
     return attention::BackwardScratch(B, T, NH, gpu).floats();
 }
 
-// dqkv = the gradient of attention_forward's qkv; dqkv_bias = or += its column sums, taken before dqkv is rounded.
-//   dqkv (B, T, 3, NH, 64) and dqkv_bias (3 NH 64) written, scratch (attention_backward_scratch_floats, 16-byte aligned)
-//   overwritten, dout and out (B, T, NH 64), qkv (B, T, 3, NH, 64) and lse (B, NH, T) read; no aliasing. Any B, T, NH >= 1.
-//   Async on gpu.stream, deterministic.
-inline void attention_backward(floatX* dqkv, float* dqkv_bias, float* scratch, const floatX* dout, const floatX* out,
-                               const floatX* qkv, const float* lse, int B, int T, int NH, Write write_bias, Gpu& gpu) {
+// dqkv = the gradient of attention_forward's qkv; dqkv_bias = or += its column sums, taken before dqkv is
+// rounded.
+//   dqkv (B, T, 3, NH, 64) and dqkv_bias (3 NH 64) written, scratch (attention_backward_scratch_floats,
+//   16-byte aligned) overwritten, dout and out (B, T, NH 64), qkv (B, T, 3, NH, 64) and lse (B, NH, T) read;
+//   no aliasing. Any B, T, NH >= 1. Async on gpu.stream, deterministic.
+inline void attention_backward(floatX* dqkv, float* dqkv_bias, float* scratch, const floatX* dout,
+                               const floatX* out, const floatX* qkv, const float* lse, int B, int T, int NH,
+                               Write write_bias, Gpu& gpu) {
     attention::backward(dqkv, dqkv_bias, scratch, dout, out, qkv, lse, B, T, NH, write_bias, gpu);
 }

@@ -1,18 +1,22 @@
-// Causal self-attention, forward, head size 64. For each sequence and head, with queries Q, keys K, values V (T, 64):
+// Causal self-attention, forward, head size 64. For each sequence and head, with queries Q, keys K, values V
+// (T, 64):
 //
-//     S = Q K^T / 8,  key j <= query i only      P = softmax(S) by rows      O = P V      L_i = log2 sum_j 2^(S_ij log2 e)
+//     S = Q K^T / 8, key j <= query i only     P = softmax(S) by rows     O = P V     L_i = log2 sum_j e^S_ij
 //
-// O (B, T, NH, 64) goes on to the projection; L (B, NH, T), in log2 units, is all that backward needs to make P again.
-// S and P exist only in registers, 128 x 64 at a time (Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2").
+// O (B, T, NH, 64) goes on to the projection; L (B, NH, T), in log2 units, is all that backward needs to make
+// P again. S and P exist only in registers, 128 x 64 at a time (Dao et al. 2022, "FlashAttention"; Dao 2023,
+// "FlashAttention-2").
 //
 // A block owns 128 queries of a head and walks the keys from the first to the diagonal, 64 at a time:
 //
-//               keys 0   64  128  192  256 ...        Q is read once, into registers. K and V tiles come by cp.async into
-//     queries  0  [ m  | m ]                          two stages, the next one while this one is used: one barrier a tile.
-//     queries 128 [    |   | m  | m ]                 m: the tile crosses the diagonal and is masked, the others aren't;
-//     queries 256 [    |   |    |    | m ...          a warp skips tiles that lie after its last query.
+//            keys 0   64  128  192  256 ...
+//     queries   0 [ m  | m ]               Q is read once, into registers. K and V tiles come by cp.async into
+//     queries 128 [    |    | m  | m ]     two stages, the next while this one is used: one barrier a tile.
+//     queries 256 [    |    |    |    | m  m: the tile crosses the diagonal and is masked, others aren't; a warp
+//                                          skips tiles that lie after its last query.
 //
-// Softmax is the online one: a running maximum and sum for each row, the sums rescaled when the maximum grows.
+// Softmax is the online one: a running maximum and sum for each row, the sums rescaled when the maximum
+// grows.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -25,8 +29,8 @@
 
 namespace attention {
 
-inline constexpr int kQueries = kBlockRows;  // fewer would read K and V more often: 128 queries a K/V tile keep L2 below its limit
-inline constexpr int kKeys = 64;             // scores of 32 x 64 a warp are 64 registers a thread; 128 keys would spill
+inline constexpr int kQueries = kBlockRows;  // fewer would read K and V from L2 more often
+inline constexpr int kKeys = 64;  // scores of 32 x 64 a warp are 64 registers a thread; 128 keys would spill
 
 struct ForwardShared {  // 48 KB: two blocks an SM on every GPU from sm_80
     Tile<kQueries> q;   // at the end the rows of O on their way out
@@ -35,14 +39,14 @@ struct ForwardShared {  // 48 KB: two blocks an SM on every GPU from sm_80
     } stage[2];
 };
 
-// Scores -> probabilities relative to 2^reference, in place; o and sum (this lane's share of the row sums) follow the
-// reference. A row's reference moves to its true maximum only when that has outgrown it by 2^8: P stays below 256, where
-// bf16 and the fp32 sums are as good as below 1, and after the first tiles hardly a warp rescales (FlashAttention-4 does the
-// same). Each row decides for itself, so that its bits don't depend on its neighbours. All is finite: the first tile holds
-// key 0, which every query sees.
+// Scores -> probabilities relative to 2^reference, in place; o and sum (this lane's share of the row sums)
+// follow the reference. A row's reference moves to its true maximum only when that has outgrown it by 2^8: P
+// stays below 256, where bf16 and the fp32 sums are as good as below 1, and after the first tiles hardly a
+// warp rescales (FlashAttention-4 does the same). Each row decides for itself, so that its bits don't depend
+// on its neighbours. All is finite: the first tile holds key 0, which every query sees.
 template <int kM, int kTiles>
-__device__ inline void softmax_step(float (&scores)[kM][kTiles][4], float (&o)[kM][8][4], float (&reference)[kM][2],
-                                    float (&sum)[kM][2]) {
+__device__ inline void softmax_step(float (&scores)[kM][kTiles][4], float (&o)[kM][8][4],
+                                    float (&reference)[kM][2], float (&sum)[kM][2]) {
     constexpr float kGrowth = 8.0f;
     float top[kM][2];
     bool grew = false;
@@ -52,7 +56,8 @@ __device__ inline void softmax_step(float (&scores)[kM][kTiles][4], float (&o)[k
         for (int j = 0; j < 2; j++) {
             float x = -INFINITY;
 #pragma unroll
-            for (int n = 0; n < kTiles; n++) x = fmaxf(x, fmaxf(scores[m][n][2 * j], scores[m][n][2 * j + 1]));
+            for (int n = 0; n < kTiles; n++)
+                x = fmaxf(x, fmaxf(scores[m][n][2 * j], scores[m][n][2 * j + 1]));
             x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));  // the four lanes of a row
             x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
             top[m][j] = x * kScaleLog2;
@@ -64,7 +69,7 @@ __device__ inline void softmax_step(float (&scores)[kM][kTiles][4], float (&o)[k
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const float next = top[m][j] > reference[m][j] + kGrowth ? top[m][j] : reference[m][j];
-                const float correction = ptx::ex2(reference[m][j] - next);  // 0 on the first tile: 2^-inf; else often 1
+                const float correction = ptx::ex2(reference[m][j] - next);  // 2^-inf = 0 on the first tile
                 reference[m][j] = next;
                 sum[m][j] *= correction;
 #pragma unroll
@@ -84,8 +89,8 @@ __device__ inline void softmax_step(float (&scores)[kM][kTiles][4], float (&o)[k
 
 // inverse = 1 / the whole row sums, and L of the warp's rows, the first of them `query`, goes to lse (T).
 template <int kM>
-__device__ inline void finish_softmax(float (&inverse)[kM][2], float* lse, int query, int T, const float (&reference)[kM][2],
-                                      const float (&sum)[kM][2]) {
+__device__ inline void finish_softmax(float (&inverse)[kM][2], float* lse, int query, int T,
+                                      const float (&reference)[kM][2], const float (&sum)[kM][2]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < kM; m++)
@@ -100,7 +105,8 @@ __device__ inline void finish_softmax(float (&inverse)[kM][2], float* lse, int q
         }
 }
 
-// Grid: the query blocks of a head, longest first, head by head, so that the blocks that run together share K and V in L2.
+// Grid: the query blocks of a head, longest first, head by head, so that the blocks that run together share K
+// and V in L2.
 __global__ void __launch_bounds__(kThreads, 2)
 attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH) {
     ForwardShared& s = shared<ForwardShared>();
@@ -108,8 +114,10 @@ attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH) 
     const int head = blockIdx.x / blocks, block = blocks - 1 - blockIdx.x % blocks;
     const int warp_row = threadIdx.x / 32 * kWarpRows;
     const int block_query = block * kQueries, warp_query = block_query + warp_row;
-    const int end = block_query + kQueries < T ? block_query + kQueries : T;  // the keys that the block sees
-    const HeadRows<const bf16> keys = packed_rows(qkv, kKey, head, T, NH), values = packed_rows(qkv, kValue, head, T, NH);
+    const int end =
+        block_query + kQueries < T ? block_query + kQueries : T;  // of the keys that the block sees
+    const HeadRows<const bf16> keys = packed_rows(qkv, kKey, head, T, NH),
+                               values = packed_rows(qkv, kValue, head, T, NH);
 
     load_tile(s.q, packed_rows(qkv, kQuery, head, T, NH), block_query, T);
     load_tile(s.stage[0].k, keys, 0, T);
@@ -160,10 +168,10 @@ inline void forward(float* out, float* lse, const float* qkv, int B, int T, int 
 
 }  // namespace attention
 
-// out = causal attention of qkv, lse = log2 of the softmax denominators of the scores in log2 units (see the head of the
-// file; attention_backward wants both).
-//   out (B, T, NH 64) and lse (B, NH, T) written, qkv (B, T, 3, NH, 64) read; no aliasing. Any B, T, NH >= 1 with fewer than
-//   2^31 blocks of 128 queries. Async on gpu.stream, deterministic. Scores may be as large as fp32 holds.
+// out = causal attention of qkv, lse = log2 of the softmax denominators of the scores in log2 units (see the
+// head of the file; attention_backward wants both).
+//   out (B, T, NH 64) and lse (B, NH, T) written, qkv (B, T, 3, NH, 64) read; no aliasing. Any B, T, NH >= 1
+//   with fewer than 2^31 blocks of 128 queries. Async on gpu.stream, deterministic.
 inline void attention_forward(floatX* out, float* lse, const floatX* qkv, int B, int T, int NH, Gpu& gpu) {
     attention::forward(out, lse, qkv, B, T, NH, gpu);
 }

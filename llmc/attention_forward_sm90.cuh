@@ -1,21 +1,23 @@
-// Causal self-attention, forward, by Hopper's warpgroup products (wgmma; Shah et al. 2024, "FlashAttention-3"). It computes
-// what attention_forward.cuh computes, which explains it; here only the difference.
+// Causal self-attention, forward, by Hopper's warpgroup products (wgmma; Shah et al. 2024,
+// "FlashAttention-3"). It computes what attention_forward.cuh computes, which explains it; here only the
+// difference.
 //
-// A block owns 128 queries, but with two warpgroups of 64 rows, 16 a warp: the tensor cores read K and V from shared memory
-// themselves, so that 16 rows a warp cost no more shared-memory traffic than 64, and a thread needs half the registers. Four
-// warpgroups (two blocks) share an SM: while one is in its softmax, the others keep the tensor cores busy; no producer
-// warps, no hand-over between warpgroups.
+// A block owns 128 queries, but with two warpgroups of 64 rows, 16 a warp: the tensor cores read K and V from
+// shared memory themselves, so that 16 rows a warp cost no more shared-memory traffic than 64, and a thread
+// needs half the registers. Four warpgroups (two blocks) share an SM: while one is in its softmax, the others
+// keep the tensor cores busy; no producer warps, no hand-over between warpgroups.
 //
-// A tile's iteration: start S = Q K^T, wait, softmax, start O += P V, wait. Letting O's product run on into the next iteration
-// makes ptxas serialise all of them (C7515), and there are other warpgroups to run. Tiles come by cp.async as in the other
-// kernel: 4 copies a thread and tile of about 400 instructions, so that TMA, which would save those, isn't worth tensor maps
-// from the driver.
+// A tile's iteration: start S = Q K^T, wait, softmax, start O += P V, wait. Letting O's product run on into
+// the next iteration makes ptxas serialise all of them (C7515), and there are other warpgroups to run. Tiles
+// come by cp.async as in the other kernel: 4 copies a thread and tile of about 400 instructions, so that TMA,
+// which would save those, isn't worth tensor maps from the driver.
 //
-// NOT the default: compiled (106 registers, no spill, nothing serialised) and run in the simulator, not measured on a GPU.
-// Predicted there, cycles of an SM for a tile of 128 x 64: products 512 (mma.sync: 820), 2^x 512 (the same), instructions
-// issued 800 of 4 a cycle (1250): 40% less where mma.sync's kernel is bound by products and their ldmatrix. With the same
-// share of the bound reached, 300 instead of 230 TFLOP/s at T = 1024, 1% of a step. To make it the default where
-// gpu.properties.major is 9, call forward_sm90 in attention_forward.
+// NOT the default: compiled (106 registers, no spill, nothing serialised) and run in the simulator, not
+// measured on a GPU. Predicted there, cycles of an SM for a tile of 128 x 64: products 512 (mma.sync: 820),
+// 2^x 512 (the same), instructions issued 800 of 4 a cycle (1250): 40% less where mma.sync's kernel is bound
+// by products and their ldmatrix. With the same share of the bound reached, 300 instead of 230 TFLOP/s at T =
+// 1024, 1% of a step. To make it the default where gpu.properties.major is 9, call forward_sm90 in
+// attention_forward.
 //
 // The simulator executes a product where it is started: a forgotten fence or wait shows on a GPU only.
 #pragma once
@@ -25,7 +27,8 @@ namespace attention {
 
 inline constexpr int kWarpgroupThreads = 256;  // two warpgroups of 64 queries
 
-struct ForwardSm90Shared {  // 48 KB; every tile starts on a 1024-byte boundary, as the tensor core's swizzle wants
+// 48 KB; every tile starts on a 1024-byte boundary, as the tensor core's swizzle wants.
+struct ForwardSm90Shared {
     Tile<kQueries> q;
     struct {
         Tile<kKeys> k, v;
@@ -39,7 +42,8 @@ __device__ inline void pack_probabilities(uint32_t (&p)[4][4], const float (&sco
     for (int k = 0; k < 4; k++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            p[k][i] = ptx::pack_bf16(scores[0][2 * k + i / 2][i % 2 * 2], scores[0][2 * k + i / 2][i % 2 * 2 + 1]);
+            p[k][i] =
+                ptx::pack_bf16(scores[0][2 * k + i / 2][i % 2 * 2], scores[0][2 * k + i / 2][i % 2 * 2 + 1]);
 }
 
 // Grid as attention_forward_kernel's.
@@ -51,8 +55,10 @@ attention_forward_sm90_kernel(bf16* out, float* lse, const bf16* qkv, int T, int
     const int warp_row = threadIdx.x / 32 * 16;
     const int block_query = block * kQueries, warp_query = block_query + warp_row;
     const int group_last = block_query + threadIdx.x / 128 * 64 + 63;  // the warpgroup's last query
-    const int end = block_query + kQueries < T ? block_query + kQueries : T;  // the keys that the block sees
-    const HeadRows<const bf16> keys = packed_rows(qkv, kKey, head, T, NH), values = packed_rows(qkv, kValue, head, T, NH);
+    const int end =
+        block_query + kQueries < T ? block_query + kQueries : T;  // of the keys that the block sees
+    const HeadRows<const bf16> keys = packed_rows(qkv, kKey, head, T, NH),
+                               values = packed_rows(qkv, kValue, head, T, NH);
 
     load_tile<kWarpgroupThreads>(s.q, packed_rows(qkv, kQuery, head, T, NH), block_query, T);
     load_tile<kWarpgroupThreads>(s.stage[0].k, keys, 0, T);
@@ -77,7 +83,8 @@ attention_forward_sm90_kernel(bf16* out, float* lse, const bf16* qkv, int T, int
             ptx::wgmma_fence();
             ptx::wgmma_transposed<false>(scores[0], q[0], s.stage[stage].k.bytes, 0);
 #pragma unroll
-            for (int k = 1; k < 4; k++) ptx::wgmma_transposed<true>(scores[0], q[k], s.stage[stage].k.bytes, 16 * k);
+            for (int k = 1; k < 4; k++)
+                ptx::wgmma_transposed<true>(scores[0], q[k], s.stage[stage].k.bytes, 16 * k);
             ptx::wgmma_commit();
             ptx::wgmma_wait_all(scores[0]);
             if (key + kKeys > warp_query + 1) mask_future_keys(scores, warp_query, key);
@@ -99,10 +106,12 @@ attention_forward_sm90_kernel(bf16* out, float* lse, const bf16* qkv, int T, int
     store_rows(plain_rows(out, head, T, NH), warp_query, T, s.q, warp_row, o, inverse);
 }
 
-// As attention_forward in the bf16 build, with the same contract, on a GPU of compute capability 9.0 and code for sm_90a.
+// As attention_forward in the bf16 build, with the same contract, on a GPU of compute capability 9.0 and code
+// for sm_90a.
 inline void forward_sm90(bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, Gpu& gpu) {
     const int64_t blocks = ceil_div(T, kQueries) * B * NH;
-    launch<ForwardSm90Shared>(attention_forward_sm90_kernel, {blocks, kWarpgroupThreads}, gpu, out, lse, qkv, T, NH);
+    launch<ForwardSm90Shared>(attention_forward_sm90_kernel, {blocks, kWarpgroupThreads}, gpu, out, lse, qkv,
+                              T, NH);
 }
 
 }  // namespace attention

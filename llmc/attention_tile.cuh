@@ -1,12 +1,14 @@
-// What the attention kernels of the bf16 build share: tiles of a head in shared memory, the operands of the tensor-core
-// products, and the way back to global memory.
+// What the attention kernels of the bf16 build share: tiles of a head in shared memory, the operands of the
+// tensor-core products, and the way back to global memory.
 //
-// The packed tensor qkv (B, T, 3, NH, 64) is used as the matmul leaves it. A row of a head is 64 bf16 = 128 bytes = eight
-// 16-byte chunks = each of the 32 banks once; consecutive rows of a head lie 3 NH 64 elements apart.
+// The packed tensor qkv (B, T, 3, NH, 64) is used as the matmul leaves it. A row of a head is 64 bf16 = 128
+// bytes = eight 16-byte chunks = each of the 32 banks once; consecutive rows of a head lie 3 NH 64 elements
+// apart.
 //
-// A tile keeps row r's chunk c at place c ^ (r % 8) of row r. One swizzle serves all accesses, each without a bank
-// conflict: cp.async writes a row's eight chunks; ldmatrix, transposed or not, reads one chunk of eight consecutive rows;
-// accumulators write 4 bytes a lane into one chunk of eight rows. It is also what TMA calls SWIZZLE_128B.
+// A tile keeps row r's chunk c at place c ^ (r % 8) of row r. One swizzle serves all accesses, each without a
+// bank conflict: cp.async writes a row's eight chunks; ldmatrix, transposed or not, reads one chunk of eight
+// consecutive rows; accumulators write 4 bytes a lane into one chunk of eight rows. It is also what TMA calls
+// SWIZZLE_128B.
 //
 //     place      0  1  2  3  4  5  6  7
 //     row 0      0  1  2  3  4  5  6  7      chunk c holds elements 8 c .. 8 c + 7
@@ -15,9 +17,10 @@
 //     ...
 //     row 7      7  6  5  4  3  2  1  0
 //
-// Products are mma.m16n8k16: a warp owns 32 rows (two 16-row operands), since with 16 each fragment of the right operand
-// read from shared memory would feed half as many products, and shared memory would be the bound. In an accumulator
-// c[m][n][4] lane l = 4 g + t holds rows 16 m + g (elements 0, 1) and 16 m + g + 8 (2, 3), columns 8 n + 2 t and the next.
+// Products are mma.m16n8k16: a warp owns 32 rows (two 16-row operands), since with 16 each fragment of the
+// right operand read from shared memory would feed half as many products, and shared memory would be the
+// bound. In an accumulator c[m][n][4] lane l = 4 g + t holds rows 16 m + g (elements 0, 1) and 16 m + g + 8
+// (2, 3), columns 8 n + 2 t and the next.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -33,9 +36,9 @@ inline constexpr int kHeadSize = 64;
 inline constexpr float kScale = 0.125f;           // 1 / sqrt(64), exact
 inline constexpr float kScaleLog2 = 0.18033688f;  // kScale log2(e): exp(kScale x) = 2^(kScaleLog2 x)
 
-inline constexpr int kWarps = 4;  // 2 blocks an SM at up to 255 registers a thread: 8 warps hide each other's latencies
+inline constexpr int kWarps = 4;  // two blocks an SM at up to 255 registers a thread
 inline constexpr int kThreads = 32 * kWarps;
-inline constexpr int kWarpRows = 32;                  // rows of a product that a warp owns
+inline constexpr int kWarpRows = 32;                   // rows of a product that a warp owns
 inline constexpr int kBlockRows = kWarps * kWarpRows;  // queries or keys that a block owns
 
 enum Which { kQuery = 0, kKey = 1, kValue = 2 };
@@ -44,8 +47,8 @@ enum Which { kQuery = 0, kKey = 1, kValue = 2 };
 template <class E>
 struct HeadRows {
     E* first;
-    int stride;  // elements from row to row
-    __device__ E* row(int t) const { return first + static_cast<int64_t>(t) * stride; }  // one 32 x 32 -> 64-bit multiply
+    int stride;  // elements from row to row; an int, so that row() is one 32 x 32 -> 64-bit multiply
+    __device__ E* row(int t) const { return first + static_cast<int64_t>(t) * stride; }
 };
 
 // Head `head` = b NH + h of a (B, T, 3, NH, 64) tensor, its queries, keys or values.
@@ -68,7 +71,9 @@ template <int kRows>
 struct Tile {
     alignas(kRowBytes) unsigned char bytes[kRows * kRowBytes];
 
-    __device__ unsigned char* chunk(int row, int index) { return bytes + row * kRowBytes + (index ^ row % 8) * kChunkBytes; }
+    __device__ unsigned char* chunk(int row, int index) {
+        return bytes + row * kRowBytes + (index ^ row % 8) * kChunkBytes;
+    }
 };
 
 // Starts the block's copies of rows first .. first + kRows - 1; rows from T on become zeros. Needs a commit.
@@ -83,9 +88,10 @@ __device__ inline void load_tile(Tile<kRows>& tile, HeadRows<const bf16> head, i
     }
 }
 
-// A 16 x 16 block at (row, column) of a tile, multiples of 16, comes by one ldmatrix as four 8 x 8 matrices, down first or
-// across first. An operand's registers must be neighbours, so that each operand has one order that needs no moves. Lane l
-// gives the address of row l % 8 of matrix l / 8; row is added last, since it is mostly a constant of the instruction.
+// A 16 x 16 block at (row, column) of a tile, multiples of 16, comes by one ldmatrix as four 8 x 8 matrices,
+// down first or across first. An operand's registers must be neighbours, so that each operand has one order
+// that needs no moves. Lane l gives the address of row l % 8 of matrix l / 8; row is added last, since it is
+// mostly a constant of the instruction.
 //
 //     down  | r[0]  r[2] |      across  | r[0]  r[1] |
 //           | r[1]  r[3] |              | r[2]  r[3] |
@@ -133,7 +139,8 @@ __device__ inline void load_warp_rows(uint32_t (&a)[4][2][4], Tile<kRows>& tile,
 
 // c (32, 16) += a (32, 16) b (16, 16); columns 8 n .. 8 n + 15 of c, n even.
 template <int kTiles>
-__device__ inline void multiply(float (&c)[2][kTiles][4], int n, const uint32_t (&a)[2][4], const uint32_t (&b)[4]) {
+__device__ inline void multiply(float (&c)[2][kTiles][4], int n, const uint32_t (&a)[2][4],
+                                const uint32_t (&b)[4]) {
 #pragma unroll
     for (int m = 0; m < 2; m++) {
         ptx::mma_m16n8k16(c[m][n], a[m], b[0], b[1]);
@@ -141,10 +148,11 @@ __device__ inline void multiply(float (&c)[2][kTiles][4], int n, const uint32_t 
     }
 }
 
-// c (32, 8 kTiles) += left (32, 64) times the transpose of rows right_row .. right_row + 8 kTiles - 1 of `right`.
+// c (32, 8 kTiles) += left (32, 64) times the transpose of rows right_row .. right_row + 8 kTiles - 1 of
+// `right`.
 template <int kTiles, int kRows>
-__device__ inline void multiply_transposed(float (&c)[2][kTiles][4], const uint32_t (&left)[4][2][4], Tile<kRows>& right,
-                                           int right_row) {
+__device__ inline void multiply_transposed(float (&c)[2][kTiles][4], const uint32_t (&left)[4][2][4],
+                                           Tile<kRows>& right, int right_row) {
 #pragma unroll
     for (int k = 0; k < 4; k++)
 #pragma unroll
@@ -172,11 +180,12 @@ __device__ inline void multiply_transposed(float (&c)[2][kTiles][4], Tile<kLeftR
     }
 }
 
-// c (32, 64) += left (32, 8 kTiles), rounded to bf16, times rows right_row .. right_row + 8 kTiles - 1 of `right`. The
-// accumulators of a product have the layout of a left operand, so that probabilities never leave the registers.
+// c (32, 64) += left (32, 8 kTiles), rounded to bf16, times rows right_row .. right_row + 8 kTiles - 1 of
+// `right`. The accumulators of a product have the layout of a left operand, so that probabilities never leave
+// the registers.
 template <int kTiles, int kRows>
-__device__ inline void multiply_accumulators(float (&c)[2][8][4], const float (&left)[2][kTiles][4], Tile<kRows>& right,
-                                             int right_row) {
+__device__ inline void multiply_accumulators(float (&c)[2][8][4], const float (&left)[2][kTiles][4],
+                                             Tile<kRows>& right, int right_row) {
 #pragma unroll
     for (int k = 0; k < kTiles / 2; k++) {
         uint32_t a[2][4];
@@ -184,7 +193,8 @@ __device__ inline void multiply_accumulators(float (&c)[2][8][4], const float (&
         for (int m = 0; m < 2; m++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                a[m][i] = ptx::pack_bf16(left[m][2 * k + i / 2][i % 2 * 2], left[m][2 * k + i / 2][i % 2 * 2 + 1]);
+                a[m][i] =
+                    ptx::pack_bf16(left[m][2 * k + i / 2][i % 2 * 2], left[m][2 * k + i / 2][i % 2 * 2 + 1]);
 #pragma unroll
         for (int n = 0; n < 8; n += 2) {
             uint32_t b[4];
@@ -204,7 +214,8 @@ __device__ inline void fill(float (&c)[kM][kTiles][4], float value) {
             for (int e = 0; e < 4; e++) c[m][n][e] = value;
 }
 
-// Scores (queries, keys) with the key after the query become -inf; first_query and first_key belong to row and column 0.
+// Scores (queries, keys) with the key after the query become -inf; first_query and first_key belong to row
+// and column 0.
 template <int kM, int kTiles>
 __device__ inline void mask_future_keys(float (&scores)[kM][kTiles][4], int first_query, int first_key) {
     const int lane = threadIdx.x % 32, query = first_query + lane / 4, key = first_key + lane % 4 * 2;
@@ -217,9 +228,10 @@ __device__ inline void mask_future_keys(float (&scores)[kM][kTiles][4], int firs
                 if (key + 8 * n + e % 2 > query + 16 * m + e / 2 * 8) scores[m][n][e] = -INFINITY;
 }
 
-// Writes the warp's rows first .. first + 16 kM - 1 of a head, those below T: the accumulators times factor[m][j], j = 0 for row
-// g and 1 for row g + 8, rounded to bf16. They pass through as many rows of `staging` from `row` on, which must be the warp's
-// own by then, so that global memory sees whole 128-byte rows.
+// Writes the warp's rows first .. first + 16 kM - 1 of a head, those below T: the accumulators times
+// factor[m][j], j = 0 for row g and 1 for row g + 8, rounded to bf16. They pass through as many rows of
+// `staging` from `row` on, which must be the warp's own by then, so that global memory sees whole 128-byte
+// rows.
 template <int kM, int kRows>
 __device__ inline void store_rows(HeadRows<bf16> head, int first, int T, Tile<kRows>& staging, int row,
                                   const float (&c)[kM][8][4], const float (&factor)[kM][2]) {

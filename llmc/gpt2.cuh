@@ -22,6 +22,7 @@
 #include "llmc/initialise.cuh"          // initialise, round_weights
 #include "llmc/layernorm.cuh"           // layernorm_forward, residual_layernorm_forward, layernorm_backward
 #include "llmc/matmul.cuh"              // Matmuls, bias_backward
+#include "llmc/profile.h"               // Profile, Group
 #include "llmc/tensors.h"               // TensorTable, Parameters
 
 // What a Gpt2 is built for. Sequences of at most seq_len tokens, batch_size of them in a micro-step.
@@ -129,7 +130,7 @@ class Gpt2 {
     // Copies what staging() gave to the device. Async.
     void upload() {
         const size_t n = 3 * max_tokens();
-        copy_to_device(tokens_.get(), staging_.get() + turn_ * n, n, gpu_);
+        copy_to_device(tokens_.get(), staging_.get() + turn_ * n, n, range(Upload));
         CUDA_CHECK(cudaEventRecord(staged_[turn_], gpu_.stream));
     }
 
@@ -146,7 +147,7 @@ class Gpt2 {
         forward(config.batch_size);
         const int64_t rows = static_cast<int64_t>(sequences) * config.seq_len;
         for_logit_chunks(rows, [&](int64_t first, int64_t n) { classify(first, n, 0.0f, ClassifierMode::LossOnly); });
-        loss_mean(loss_.get(), act.losses, static_cast<int>(rows), token_weight, write, gpu_);
+        loss_mean(loss_.get(), act.losses, static_cast<int>(rows), token_weight, write, range(Classifier));
     }
 
     // logits() (Vp) = those that follow tokens_cpu, one sequence of at most seq_len tokens. Async.
@@ -158,18 +159,21 @@ class Gpt2 {
         forward(1);
         const size_t last = tokens_cpu.size() - 1;
         matmuls_.head_forward({.out = logits_.get(), .inp = act.lnf + last * shape().channels, .weight = weights.wte,
-                               .N = 1, .C = shape().channels, .OC = Vp()}, gpu_);
+                               .N = 1, .C = shape().channels, .OC = Vp()}, range(HeadGemms));
     }
 
     Parameters<floatX> weights{};
     Parameters<float> gradients{};  // of the update so far, summed over its micro-steps
     Activations act{};
+    Profile profile;  // of everything here and of the update
 
   private:
     static constexpr bool kOneArena = std::is_same_v<floatX, float>;  // fp32: the weights are their own master
 
     const ModelShape& shape() const { return config.shape; }
     int Vp() const { return shape().padded_vocab_size(); }
+    using enum Group;
+    Profile::Range range(Group group) { return profile.range(group, gpu_); }  // passed on as the Gpu
 
     // ---- forward -----------------------------------------------------------------------------------------------------
 
@@ -179,24 +183,25 @@ class Gpt2 {
     // act.lnf (B, T, C) = everything before the head, for the first B sequences of the batch.
     void forward(int B) {
         const int T = config.seq_len, C = shape().channels, N = B * T, L = shape().layers;
-        embedding_forward(act.encoded, tokens_.get(), weights.wte, weights.wpe, B, T, C, gpu_);
+        embedding_forward(act.encoded, tokens_.get(), weights.wte, weights.wpe, B, T, C, range(Embedding));
         const Activations first = act.layer(0);
         const Parameters<floatX> w0 = weights.layer(0);
-        layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, act.encoded, w0.ln1w, w0.ln1b, N, C, gpu_);
+        layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, act.encoded, w0.ln1w, w0.ln1b, N, C,
+                          range(Layernorm));
         for (int l = 0; l < L; l++) {
             const Activations a = act.layer(l);
             const Parameters<floatX> w = weights.layer(l);
             block_forward(l, B);
             matmuls_.forward({.out = act.proj, .inp = a.fch_gelu, .weight = w.fcprojw, .bias = w.fcprojb,
-                              .N = N, .C = 4 * C, .OC = C}, gpu_);
+                              .N = N, .C = 4 * C, .OC = C}, range(BlockGemms));
             if (l + 1 < L) {
                 const Activations next = act.layer(l + 1);
                 const Parameters<floatX> wn = weights.layer(l + 1);
                 residual_layernorm_forward(a.residual3, next.ln1, next.ln1_mean, next.ln1_rstd, a.residual2, act.proj,
-                                           wn.ln1w, wn.ln1b, N, C, gpu_);
+                                           wn.ln1w, wn.ln1b, N, C, range(Layernorm));
             } else {
                 residual_layernorm_forward(a.residual3, act.lnf, act.lnf_mean, act.lnf_rstd, a.residual2, act.proj,
-                                           weights.lnfw, weights.lnfb, N, C, gpu_);
+                                           weights.lnfw, weights.lnfb, N, C, range(Layernorm));
             }
         }
     }
@@ -207,14 +212,14 @@ class Gpt2 {
         const Activations a = act.layer(l);
         const Parameters<floatX> w = weights.layer(l);
         matmuls_.forward({.out = a.qkv, .inp = a.ln1, .weight = w.qkvw, .bias = w.qkvb,
-                          .N = N, .C = C, .OC = 3 * C}, gpu_);
-        attention_forward(a.atty, a.att_lse, a.qkv, B, T, NH, gpu_);
+                          .N = N, .C = C, .OC = 3 * C}, range(BlockGemms));
+        attention_forward(a.atty, a.att_lse, a.qkv, B, T, NH, range(AttentionForward));
         matmuls_.forward({.out = act.proj, .inp = a.atty, .weight = w.attprojw, .bias = w.attprojb,
-                          .N = N, .C = C, .OC = C}, gpu_);
+                          .N = N, .C = C, .OC = C}, range(BlockGemms));
         residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, block_input(l), act.proj,
-                                   w.ln2w, w.ln2b, N, C, gpu_);
+                                   w.ln2w, w.ln2b, N, C, range(Layernorm));
         matmuls_.forward_gelu({.out = a.fch_gelu, .pre_gelu = a.fch, .inp = a.ln2, .weight = w.fcw, .bias = w.fcb,
-                               .N = N, .C = C, .OC = 4 * C}, gpu_);
+                               .N = N, .C = C, .OC = 4 * C}, range(BlockGemms));
     }
 
     // ---- head --------------------------------------------------------------------------------------------------------
@@ -230,9 +235,9 @@ class Gpt2 {
     void classify(int64_t first, int64_t rows, float token_weight, ClassifierMode mode) {
         const int n = static_cast<int>(rows);
         matmuls_.head_forward({.out = logits_.get(), .inp = act.lnf + first * shape().channels, .weight = weights.wte,
-                               .N = n, .C = shape().channels, .OC = Vp()}, gpu_);
+                               .N = n, .C = shape().channels, .OC = Vp()}, range(HeadGemms));
         classifier(logits_.get(), act.losses + first, targets() + first, token_weight, n, shape().vocab_size, Vp(),
-                   mode, gpu_);
+                   mode, range(Classifier));
     }
 
     // act.dnorm = gradient of act.lnf; gradients.wte = or +=; loss = or +=.
@@ -242,11 +247,12 @@ class Gpt2 {
             const int n = static_cast<int>(rows);
             classify(first, rows, token_weight, ClassifierMode::LossAndGradient);
             matmuls_.head_dgrad({.dinp = act.dnorm + first * C, .dout = logits_.get(), .weight = weights.wte,
-                                 .N = n, .C = C, .OC = Vp()}, gpu_);
+                                 .N = n, .C = C, .OC = Vp()}, range(HeadGemms));
             matmuls_.head_wgrad({.dweight = gradients.wte, .inp = act.lnf + first * C, .dout = logits_.get(),
-                                 .N = n, .C = C, .OC = Vp(), .write = first == 0 ? write : Write::Add}, gpu_);
+                                 .N = n, .C = C, .OC = Vp(), .write = first == 0 ? write : Write::Add},
+                                range(HeadGemms));
         });
-        loss_mean(loss_.get(), act.losses, static_cast<int>(max_tokens()), token_weight, write, gpu_);
+        loss_mean(loss_.get(), act.losses, static_cast<int>(max_tokens()), token_weight, write, range(Classifier));
     }
 
     // ---- backward ----------------------------------------------------------------------------------------------------
@@ -258,14 +264,14 @@ class Gpt2 {
         // layernorm that completes the gradient sums it on the way.
         layernorm_backward(act.dresidual, {gradients.lnfw, gradients.lnfb, gradients.layer(L - 1).fcprojb},
                            scratch_.get(), act.dnorm, act.layer(L - 1).residual3, weights.lnfw, act.lnf_mean,
-                           act.lnf_rstd, N, C, Write::Assign, write, gpu_);
+                           act.lnf_rstd, N, C, Write::Assign, write, range(Layernorm));
         for (int l = L - 1; l >= 0; l--) {
             recompute(l);
             mlp_backward(l, write);
             attention_block_backward(l, write);
         }
         embedding_backward(gradients.wte, gradients.wpe, scratch_.get(), act.dresidual, tokens_.get(), order(), B, T,
-                           shape().positions, C, write, gpu_);
+                           shape().positions, C, write, range(Embedding));
     }
 
     // Brings back what the forward pass of block l did not keep, by the same kernels, so to the same bits.
@@ -274,12 +280,12 @@ class Gpt2 {
         const Activations a = act.layer(l);
         const Parameters<floatX> w = weights.layer(l);
         if (config.recompute == Recompute::none) return;
-        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, block_input(l), w.ln1w, w.ln1b, N, C, gpu_);
+        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, block_input(l), w.ln1w, w.ln1b, N, C, range(Layernorm));
         if (config.recompute == Recompute::block) {
             block_forward(l, config.batch_size);
         } else {
-            layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b, N, C, gpu_);
-            gelu_forward(a.fch_gelu, a.fch, static_cast<size_t>(N) * 4 * C, gpu_);
+            layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b, N, C, range(Layernorm));
+            gelu_forward(a.fch_gelu, a.fch, static_cast<size_t>(N) * 4 * C, range(Gelu));
         }
     }
 
@@ -290,15 +296,16 @@ class Gpt2 {
         const Parameters<floatX> w = weights.layer(l);
         const Parameters<float> d = gradients.layer(l);
         matmuls_.dgrad_gelu({.dinp = act.dfch, .pre_gelu = a.fch, .dout = act.dresidual, .weight = w.fcprojw,
-                             .N = N, .C = 4 * C, .OC = C}, gpu_);
+                             .N = N, .C = 4 * C, .OC = C}, range(BlockGemms));
         matmuls_.wgrad({.dweight = d.fcprojw, .inp = a.fch_gelu, .dout = act.dresidual,
-                        .N = N, .C = 4 * C, .OC = C, .write = write}, gpu_);
-        matmuls_.dgrad({.dinp = act.dnorm, .dout = act.dfch, .weight = w.fcw, .N = N, .C = C, .OC = 4 * C}, gpu_);
+                        .N = N, .C = 4 * C, .OC = C, .write = write}, range(BlockGemms));
+        matmuls_.dgrad({.dinp = act.dnorm, .dout = act.dfch, .weight = w.fcw,
+                        .N = N, .C = C, .OC = 4 * C}, range(BlockGemms));
         matmuls_.wgrad({.dweight = d.fcw, .inp = a.ln2, .dout = act.dfch,
-                        .N = N, .C = C, .OC = 4 * C, .write = write}, gpu_);
-        bias_backward(d.fcb, scratch_.get(), act.dfch, N, 4 * C, write, gpu_);
+                        .N = N, .C = C, .OC = 4 * C, .write = write}, range(BlockGemms));
+        bias_backward(d.fcb, scratch_.get(), act.dfch, N, 4 * C, write, range(BiasGradient));
         layernorm_backward(act.dresidual, {d.ln2w, d.ln2b, d.attprojb}, scratch_.get(), act.dnorm, a.residual2, w.ln2w,
-                           a.ln2_mean, a.ln2_rstd, N, C, Write::Add, write, gpu_);
+                           a.ln2_mean, a.ln2_rstd, N, C, Write::Add, write, range(Layernorm));
     }
 
     // Through the first half of block l: dresidual, the gradient of residual2, becomes that of the block's input.
@@ -307,16 +314,19 @@ class Gpt2 {
         const Activations a = act.layer(l);
         const Parameters<floatX> w = weights.layer(l);
         const Parameters<float> d = gradients.layer(l);
-        matmuls_.dgrad({.dinp = act.datty, .dout = act.dresidual, .weight = w.attprojw, .N = N, .C = C, .OC = C}, gpu_);
+        matmuls_.dgrad({.dinp = act.datty, .dout = act.dresidual, .weight = w.attprojw,
+                        .N = N, .C = C, .OC = C}, range(BlockGemms));
         matmuls_.wgrad({.dweight = d.attprojw, .inp = a.atty, .dout = act.dresidual,
-                        .N = N, .C = C, .OC = C, .write = write}, gpu_);
-        attention_backward(act.dqkv, d.qkvb, scratch_.get(), act.datty, a.atty, a.qkv, a.att_lse, B, T, NH, write, gpu_);
-        matmuls_.dgrad({.dinp = act.dnorm, .dout = act.dqkv, .weight = w.qkvw, .N = N, .C = C, .OC = 3 * C}, gpu_);
+                        .N = N, .C = C, .OC = C, .write = write}, range(BlockGemms));
+        attention_backward(act.dqkv, d.qkvb, scratch_.get(), act.datty, a.atty, a.qkv, a.att_lse, B, T, NH, write,
+                           range(AttentionBackward));
+        matmuls_.dgrad({.dinp = act.dnorm, .dout = act.dqkv, .weight = w.qkvw,
+                        .N = N, .C = C, .OC = 3 * C}, range(BlockGemms));
         matmuls_.wgrad({.dweight = d.qkvw, .inp = a.ln1, .dout = act.dqkv,
-                        .N = N, .C = C, .OC = 3 * C, .write = write}, gpu_);
+                        .N = N, .C = C, .OC = 3 * C, .write = write}, range(BlockGemms));
         float* projection_bias = l > 0 ? gradients.layer(l - 1).fcprojb : nullptr;  // wte and wpe have none
         layernorm_backward(act.dresidual, {d.ln1w, d.ln1b, projection_bias}, scratch_.get(), act.dnorm, block_input(l),
-                           w.ln1w, a.ln1_mean, a.ln1_rstd, N, C, Write::Add, write, gpu_);
+                           w.ln1w, a.ln1_mean, a.ln1_rstd, N, C, Write::Add, write, range(Layernorm));
     }
 
     // ---- what is owned -----------------------------------------------------------------------------------------------

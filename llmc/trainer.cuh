@@ -52,10 +52,11 @@ class Trainer {
             model_.upload();
             run_micro_step(step, micro_step == 0 ? Write::Assign : Write::Add, token_weight);
         }
-        grad_norm(state_.get(), partial_.get(), model_.gradients_arena(), model_.loss(), table_, config_.grad_clip, gpu_);
+        grad_norm(state_.get(), partial_.get(), model_.gradients_arena(), model_.loss(), table_, config_.grad_clip,
+                  model_.profile.range(Group::Norm, gpu_));
         CUDA_CHECK(cudaEventRecord(turn.optimizer, gpu_.stream));
         optimizer_.step({model_.weights_arena(), model_.master_arena(), model_.gradients_arena(), state_.get(), &table_,
-                         learning_rate}, gpu_);
+                         learning_rate}, model_.profile.range(Group::Optimizer, gpu_));
         CUDA_CHECK(cudaEventRecord(turn.end, gpu_.stream));
         copy_to_host(&reports_[step % kTurns], state_.get(), 1, gpu_);
         CUDA_CHECK(cudaEventRecord(turn.read, gpu_.stream));
@@ -85,9 +86,10 @@ class Trainer {
     };
 
     // The first update runs plainly: plans are made and buffers touched for the first time. Then each of the two kinds of
-    // micro-step is captured once and replayed: same kernels, same addresses, so the same bits.
+    // micro-step is captured once and replayed: same kernels, same addresses, so the same bits. What is profiled runs
+    // plainly again, since a graph is one launch.
     void run_micro_step(int64_t step, Write write, float token_weight) {
-        if (!config_.graph || step == 1) return model_.micro_step(write, token_weight);
+        if (!config_.graph || step == 1 || model_.profile.measuring()) return model_.micro_step(write, token_weight);
         cudaGraphExec_t& executable = graphs_[write == Write::Add];
         if (!executable) {
             cudaGraph_t graph;

@@ -1,21 +1,23 @@
-// Test and bench of llmc/attention_forward.cuh, attention_forward_sm90.cuh (on a GPU of compute capability 9, and in the
-// simulator) and attention_backward.cuh.
+// Test and bench of llmc/attention_forward.cuh, attention_forward_sm90.cuh (on a GPU of compute capability 9,
+// and in the simulator) and attention_backward.cuh.
 //
-// The reference is attention in double precision from the same (rounded) inputs. With it goes an error bound for every
-// element, made of what the kernels do, u the unit roundoff of floatX (of the P and dS operands and of the outputs; none of
-// the former in fp32), v that of fp32, and a = 2 v the error of an addition (tensor cores truncate):
+// The reference is attention in double precision from the same (rounded) inputs. With it goes an error bound
+// for every element, made of what the kernels do, u the unit roundoff of floatX (of the P and dS operands and
+// of the outputs; none of the former in fp32), v that of fp32, and a = 2 v the error of an addition (tensor
+// cores truncate):
 //
-//     S    s     = 64 a max_j sum_d |q_id k_jd| / 8 + 4 v max_j |S_ij| + 2^-22     sum of 64 products, scaling, 2^x
-//     P    2 s (numerator and denominator) + T a       from forward's sums; L: s + T a + rounding; in backward p = s + L's
+//     S    s = 64 a max_j sum_d |q_id k_jd| / 8 + 4 v max_j |S_ij| + 2^-22    sum of 64 products, scaling, 2^x
+//     P    2 s (numerator and denominator) + T a in forward; L: s + T a + rounding; in backward p = s + L's
 //     O    |dO| <= (u + P's) sum_j P_ij |v_jd| + u |O_id|
 //     D    d_i   = sum_d |dO_id| (O's bound) + 64 a sum_d |dO_id O_id|
 //     dS   e_ij  = |dS_ij| (u + p) + P_ij (64 a sum_d |dO_id v_jd| + d_i)
 //     dQ   sum_j e_ij |k_jd| / 8 + T a sum_j |dS_ij k_jd| / 8 + u |dQ_id|;    dK, dV alike
 //
 // and 1e-30 for numbers below 2^-126, which the kernels take for zeros.
-// These hold for every element but are far above typical errors where T is long. So the bf16 build also bounds the norm of
-// the error of a whole tensor: roundings to bf16 are independent with variance u^2 / 3 of the rounded number at most (it
-// would be that if every mantissa were 1.0), and variances add.
+//
+// These hold for every element, but are far above typical errors where T is long. So the bf16 build also
+// bounds the norm of the error of a whole tensor: roundings to bf16 are independent with variance u^2 / 3 of
+// the rounded number at most (it would be that if every mantissa were 1.0), and variances add.
 #include "dev/kernels/harness.h"
 #include "llmc/attention_backward.cuh"
 #include "llmc/attention_forward.cuh"
@@ -35,7 +37,9 @@ struct Shape {
     size_t qkv() const { return 3 * out(); }
     size_t lse() const { return heads() * T; }
     size_t width() const { return static_cast<size_t>(3) * NH * kD; }
-    size_t out_at(int head, int t) const { return ((head / NH * static_cast<size_t>(T) + t) * NH + head % NH) * kD; }
+    size_t out_at(int head, int t) const {
+        return ((head / NH * static_cast<size_t>(T) + t) * NH + head % NH) * kD;
+    }
     size_t qkv_at(int which, int head, int t) const {
         return (((head / NH * static_cast<size_t>(T) + t) * 3 + which) * NH + head % NH) * kD;
     }
@@ -93,7 +97,8 @@ void Reference::forward_row(const Shape& s, int head, int i) {
     const double score_error = 64 * kAdd * largest_abs + 4 * kU32 * largest + 0x1p-22;
     const double sum_error = s.T * kAdd, log2e = 1 / std::log(2.0);
     const double l = top * log2e + std::log2(sum);
-    const double lse_error = (score_error + sum_error) * log2e + 2 * kU32 * (std::fabs(l) + largest * log2e) + 0x1p-22;
+    const double lse_error =
+        (score_error + sum_error) * log2e + 2 * kU32 * (std::fabs(l) + largest * log2e) + 0x1p-22;
     lse.set(static_cast<size_t>(head) * s.T + i, l, lse_error, 0, 0);
     p_error[i] = std::expm1(score_error + lse_error / log2e);
     for (int d = 0; d < kD; d++) {
@@ -119,9 +124,10 @@ void Reference::backward_row(const Shape& s, int head, int i) {
     double dq[kD] = {}, dq_bound[kD] = {}, dq_rounding[kD] = {}, mean_k[kD] = {};
     for (int j = 0; j <= i; j++) {
         const double dp = dot(&d_o[i * kD], &v[j * kD]), ds = p[j] * (dp - D);
-        const double error = std::fabs(ds) * (kOperand + p_error[i]) * (1 + kOperand) +
-                             p[j] * (64 * kAdd * (dot_abs(&d_o[i * kD], &v[j * kD]) + std::fabs(D)) + d_error) +
-                             s.T * kAdd * std::fabs(ds);
+        const double error =
+            std::fabs(ds) * (kOperand + p_error[i]) * (1 + kOperand) +
+            p[j] * (64 * kAdd * (dot_abs(&d_o[i * kD], &v[j * kD]) + std::fabs(D)) + d_error) +
+            s.T * kAdd * std::fabs(ds);
         for (int d = 0; d < kD; d++) {
             const double kx = k[j * kD + d] / 8, qx = q[i * kD + d] / 8, ox = d_o[i * kD + d];
             dq[d] += ds * kx, dq_bound[d] += error * std::fabs(kx);
@@ -134,7 +140,8 @@ void Reference::backward_row(const Shape& s, int head, int i) {
         }
     }
     for (int d = 0; d < kD; d++)
-        dqkv.set(s.qkv_at(0, head, i) + d, dq[d], dq_bound[d], dq_rounding[d] + d_variance * mean_k[d] * mean_k[d], kUX);
+        dqkv.set(s.qkv_at(0, head, i) + d, dq[d], dq_bound[d],
+                 dq_rounding[d] + d_variance * mean_k[d] * mean_k[d], kUX);
 }
 
 // dK, dV of the head, and what the bias sums: dqkv before its rounding, plus the summation over all rows.
@@ -146,7 +153,8 @@ void Reference::finish(const Shape& s, int head) {
             dqkv.set(s.qkv_at(1, head, t) + d, dk[i], dk_bound[i], dk_variance[i], kUX);
             dqkv.set(s.qkv_at(2, head, t) + d, dv[i], dv_bound[i], dv_variance[i], kUX);
             for (int which = 0; which < 3; which++) {
-                const size_t at = s.qkv_at(which, head, t) + d, column = (which * s.NH + head % s.NH) * kD + d;
+                const size_t at = s.qkv_at(which, head, t) + d,
+                             column = (which * s.NH + head % s.NH) * kD + d;
                 const double x = dqkv.value[at];
                 bias.value[column] += x;
                 bias.bound[column] += dqkv.bound[at] + rows * kAdd * std::fabs(x);
@@ -177,10 +185,11 @@ Reference::Reference(const Shape& s, const std::vector<floatX>& qkv, const std::
     }
 }
 
-// Every element within its bound; in bf16 also the norm of the error within what the variances say (the fp32 parts of the
-// bounds, which the variances leave out, are added).
+// Every element within its bound; in bf16 also the norm of the error within what the variances say (the fp32
+// parts of the bounds, which the variances leave out, are added).
 template <class T>
-void compare(Harness& h, const std::string& what, const std::vector<T>& got, const Bounded& want, bool check_norm) {
+void compare(Harness& h, const std::string& what, const std::vector<T>& got, const Bounded& want,
+             bool check_norm) {
     h.compare(what, got, want.value, Tolerance{.absolute = 1e-30}, want.bound);
     if (!check_norm) return;
     double error = 0, variance = 0, fp32 = 0;
@@ -189,8 +198,8 @@ void compare(Harness& h, const std::string& what, const std::vector<T>& got, con
         error += x * x, variance += want.variance[i], fp32 += rest * rest;
     }
     char text[160];
-    std::snprintf(text, sizeof text, "%s: norm of the error %.3e, at most %.3e", what.c_str(), std::sqrt(error),
-                  std::sqrt(variance + fp32));
+    std::snprintf(text, sizeof text, "%s: norm of the error %.3e, at most %.3e", what.c_str(),
+                  std::sqrt(error), std::sqrt(variance + fp32));
     h.check(text, error <= variance + fp32);
 }
 
@@ -200,7 +209,8 @@ struct Tensors {
 };
 
 // Runs forward and backward into poisoned memory; walked_heads as in attention::backward, ignored in fp32.
-Tensors run(Harness& h, const Shape& s, const floatX* qkv, const floatX* dout, int walked_heads, const float* bias_before) {
+Tensors run(Harness& h, const Shape& s, const floatX* qkv, const floatX* dout, int walked_heads,
+            const float* bias_before) {
     Tensors t;
     t.out = h.poisoned<floatX>(s.out());
     t.dqkv = h.poisoned<floatX>(s.qkv());
@@ -209,24 +219,31 @@ Tensors run(Harness& h, const Shape& s, const floatX* qkv, const floatX* dout, i
     t.scratch = h.poisoned<float>(attention_backward_scratch_floats(s.B, s.T, s.NH, h.gpu));
     attention_forward(t.out, t.lse, qkv, s.B, s.T, s.NH, h.gpu);
     const Write write = bias_before ? Write::Add : Write::Assign;
-    if (bias_before) CUDA_CHECK(cudaMemcpyAsync(t.bias.get(), bias_before, t.bias.bytes(), cudaMemcpyDeviceToDevice, h.gpu.stream));
-    attention::backward(t.dqkv.get(), t.bias, t.scratch, dout, t.out.get(), qkv, t.lse, s.B, s.T, s.NH, write, h.gpu,
-                        walked_heads);
+    if (bias_before)
+        CUDA_CHECK(cudaMemcpyAsync(t.bias.get(), bias_before, t.bias.bytes(), cudaMemcpyDeviceToDevice,
+                                   h.gpu.stream));
+    attention::backward(t.dqkv.get(), t.bias, t.scratch, dout, t.out.get(), qkv, t.lse, s.B, s.T, s.NH, write,
+                        h.gpu, walked_heads);
     return t;
 }
 
 // forward_sm90 is there in bf16 builds for sm_90a.
-bool has_sm90(const Harness& h) { return kIsBf16 && h.gpu.properties.major == 9; }
+bool has_sm90(const Harness& h) {
+    return kIsBf16 && h.gpu.properties.major == 9;
+}
 
-void test_forward_sm90(Harness& h, const Shape& s, const floatX* qkv, const Reference& want, const std::string& note) {
-    if constexpr (kIsBf16) {
-        const DeviceBuffer<floatX> out = h.poisoned<floatX>(s.out()), again = h.poisoned<floatX>(s.out());
+template <class X>
+void test_forward_sm90(Harness& h, const Shape& s, const X* qkv, const Reference& want,
+                       const std::string& note) {
+    if constexpr (sizeof(X) == 2) {
+        const DeviceBuffer<X> out = h.poisoned<X>(s.out()), again = h.poisoned<X>(s.out());
         const DeviceBuffer<float> lse = h.poisoned<float>(s.lse());
         attention::forward_sm90(out, lse, qkv, s.B, s.T, s.NH, h.gpu);
         attention::forward_sm90(again, lse, qkv, s.B, s.T, s.NH, h.gpu);
         compare(h, s.text() + note + " out by wgmma", h.to_host(out.get(), s.out()), want.out, note.empty());
         compare(h, s.text() + note + " lse by wgmma", h.to_host(lse.get(), s.lse()), want.lse, false);
-        h.same_bits(s.text() + note + " out by wgmma twice", h.to_host(out.get(), s.out()), h.to_host(again.get(), s.out()));
+        h.same_bits(s.text() + note + " out by wgmma twice", h.to_host(out.get(), s.out()),
+                    h.to_host(again.get(), s.out()));
     }
 }
 
@@ -235,7 +252,7 @@ void test_against_reference(Harness& h, const Shape& s, double deviation, const 
     const Reference want(s, qkv, dout);
     const DeviceBuffer<floatX> qkv_d = h.to_device(qkv), dout_d = h.to_device(dout);
     const int heads = s.B * s.NH;
-    if (has_sm90(h)) test_forward_sm90(h, s, qkv_d, want, note);
+    if (has_sm90(h)) test_forward_sm90(h, s, qkv_d.get(), want, note);
     for (int walked : kIsBf16 ? std::vector<int>{heads, 0} : std::vector<int>{0}) {
         const std::string name = s.text() + (!kIsBf16 ? "" : walked ? " walked" : " split") + note;
         const bool check_norm = kIsBf16 && note.empty();
@@ -251,7 +268,8 @@ void test_against_reference(Harness& h, const Shape& s, double deviation, const 
 
 // The same bits twice, for every share of walked heads, and Add adds to what was there.
 void test_determinism(Harness& h, const Shape& s) {
-    const DeviceBuffer<floatX> qkv = h.to_device(h.random<floatX>(s.qkv())), dout = h.to_device(h.random<floatX>(s.out()));
+    const DeviceBuffer<floatX> qkv = h.to_device(h.random<floatX>(s.qkv())),
+                               dout = h.to_device(h.random<floatX>(s.out()));
     const std::vector<float> before = h.random<float>(s.width());
     const DeviceBuffer<float> before_d = h.to_device(before);
     for (int walked : kIsBf16 ? std::vector<int>{-1, 0, 1, s.B * s.NH} : std::vector<int>{0}) {
@@ -269,7 +287,8 @@ void test_determinism(Harness& h, const Shape& s) {
     }
 }
 
-// What comes after position t changes nothing before it, to the bit; where dO is zero from t on, so are the gradients.
+// What comes after position t changes nothing before it, to the bit; where dO is zero from t on, so are the
+// gradients.
 void test_causality(Harness& h, const Shape& s, int t) {
     std::vector<floatX> qkv = h.random<floatX>(s.qkv()), other = qkv, dout = h.random<floatX>(s.out());
     const std::vector<floatX> noise = h.random<floatX>(s.qkv(), 30.0);
@@ -280,9 +299,11 @@ void test_causality(Harness& h, const Shape& s, int t) {
                     other[s.qkv_at(which, head, row) + d] = noise[s.qkv_at(which, head, row) + d];
                 dout[s.out_at(head, row) + d] = static_cast<floatX>(0.0f);
             }
-    const DeviceBuffer<floatX> qkv_d = h.to_device(qkv), other_d = h.to_device(other), dout_d = h.to_device(dout);
+    const DeviceBuffer<floatX> qkv_d = h.to_device(qkv), other_d = h.to_device(other),
+                               dout_d = h.to_device(dout);
     for (int walked : kIsBf16 ? std::vector<int>{s.B * s.NH, 0} : std::vector<int>{0}) {
-        const Tensors a = run(h, s, qkv_d, dout_d, walked, nullptr), b = run(h, s, other_d, dout_d, walked, nullptr);
+        const Tensors a = run(h, s, qkv_d, dout_d, walked, nullptr),
+                      b = run(h, s, other_d, dout_d, walked, nullptr);
         const auto out_a = h.to_host(a.out.get(), s.out()), out_b = h.to_host(b.out.get(), s.out());
         const auto grad_a = h.to_host(a.dqkv.get(), s.qkv()), grad_b = h.to_host(b.dqkv.get(), s.qkv());
         bool same = true, zero = true;
@@ -294,19 +315,22 @@ void test_causality(Harness& h, const Shape& s, int t) {
                         const float x = static_cast<float>(grad_a[at]), y = static_cast<float>(grad_b[at]);
                         if (row < t) {
                             same = same && x == y;
-                            same = same && static_cast<float>(out_a[out_at]) == static_cast<float>(out_b[out_at]);
+                            same = same &&
+                                   static_cast<float>(out_a[out_at]) == static_cast<float>(out_b[out_at]);
                         } else {
                             zero = zero && x == 0.0f && y == 0.0f;
                         }
                     }
-        const std::string name = s.text() + (walked ? " walked" : " split") + " from " + std::to_string(t) + ": ";
+        const std::string name =
+            s.text() + (walked ? " walked" : " split") + " from " + std::to_string(t) + ": ";
         h.check(name + "the future changes nothing", same);
         h.check(name + "no gradient after the last dO", zero);
     }
 }
 
-// Adding one vector to all keys of a head adds a constant to each row of scores, which softmax forgets. Keys and shift lie
-// on a grid that floatX holds exactly; what differs then is the rounding of larger scores, and P's roundings that flip.
+// Adding one vector to all keys of a head adds a constant to each row of scores, which softmax forgets. Keys
+// and shift lie on a grid that floatX holds exactly; what differs then is the rounding of larger scores, and
+// P's roundings that flip.
 void test_key_shift(Harness& h, const Shape& s) {
     std::vector<floatX> qkv = h.random<floatX>(s.qkv()), dout = h.random<floatX>(s.out());
     std::vector<floatX> shifted = qkv;
@@ -330,13 +354,15 @@ void test_key_shift(Harness& h, const Shape& s) {
 void test_plan(Harness& h) {
     using attention::plan_walked_heads;
     h.check("plan: few heads are split", plan_walked_heads(48, 264) == 0);
-    h.check("plan: 768 heads on 264 blocks, the last wave 91% full, are walked", plan_walked_heads(768, 264) == 768);
+    h.check("plan: 768 heads on 264 blocks, the last wave 91% full, are walked",
+            plan_walked_heads(768, 264) == 768);
     h.check("plan: 800 heads on 264 blocks leave 8 to split", plan_walked_heads(800, 264) == 792);
     h.check("plan: whole waves are walked", plan_walked_heads(528, 264) == 528);
 }
 
 void test(Harness& h) {
-    for (int T : {1, 2, 63, 64, 65, 127, 128, 129, 200}) test_against_reference(h, {T < 100 ? 2 : 1, T, T % 2 ? 1 : 2}, 1.0);
+    for (int T : {1, 2, 63, 64, 65, 127, 128, 129, 200})
+        test_against_reference(h, {T < 100 ? 2 : 1, T, T % 2 ? 1 : 2}, 1.0);
     test_against_reference(h, {3, 33, 3}, 1.0);
     test_against_reference(h, {1, 96, 12}, 1.0);
     test_against_reference(h, {1, 300, 1}, 2.0);
@@ -350,31 +376,38 @@ void test(Harness& h) {
     test_plan(h);
 }
 
-// ---- bench -------------------------------------------------------------------------------------------------------------
+// ---- bench ------------------------------------------------------------------------------------------------
 
-// FLOP of the products, causal counted half: two products of T x T x 64 forward, five backward (seven in the split scheme,
-// of which five count).
+template <class X>
+void bench_forward_sm90(Harness& h, const Shape& s, const std::string& what, X* out, float* lse,
+                        const X* qkv) {
+    if constexpr (sizeof(X) == 2)
+        h.report(what, h.median_us([&] { attention::forward_sm90(out, lse, qkv, s.B, s.T, s.NH, h.gpu); }),
+                 4.0 * s.out() * sizeof(X), 2.0 * s.heads() * s.T * s.T * kD);
+}
+
+// FLOP of the products, causal counted half: two products of T x T x 64 forward, five backward (seven in the
+// split scheme, of which five count).
 void bench(Harness& h, const Shape& s, const char* model) {
-    const DeviceBuffer<floatX> qkv = h.to_device(h.random<floatX>(s.qkv())), dout = h.to_device(h.random<floatX>(s.out()));
+    const DeviceBuffer<floatX> qkv = h.to_device(h.random<floatX>(s.qkv())),
+                               dout = h.to_device(h.random<floatX>(s.out()));
     const Tensors t = run(h, s, qkv, dout, -1, nullptr);
     const double products = static_cast<double>(s.heads()) * s.T * s.T * kD;
     const double element = sizeof(floatX), n = static_cast<double>(s.out());
     const std::string name = std::string(model) + " " + s.text();
-    h.report(name + " forward", h.median_us([&] { attention_forward(t.out, t.lse, qkv, s.B, s.T, s.NH, h.gpu); }),
+    h.report(name + " forward",
+             h.median_us([&] { attention_forward(t.out, t.lse, qkv, s.B, s.T, s.NH, h.gpu); }),
              4 * n * element, 2 * products);
-    if constexpr (kIsBf16)
-        if (has_sm90(h))
-            h.report(name + " forward, wgmma",
-                     h.median_us([&] { attention::forward_sm90(t.out, t.lse, qkv, s.B, s.T, s.NH, h.gpu); }), 4 * n * element,
-                     2 * products);
+    if (has_sm90(h)) bench_forward_sm90(h, s, name + " forward, wgmma", t.out.get(), t.lse, qkv.get());
     using Scheme = std::pair<const char*, int>;
-    const std::vector<Scheme> schemes{{" backward", -1}, {" backward, all walked", s.B * s.NH}, {" backward, all split", 0}};
+    const std::vector<Scheme> schemes{
+        {" backward", -1}, {" backward, all walked", s.B * s.NH}, {" backward, all split", 0}};
     for (const auto& [scheme, walked] : schemes) {
         if (!kIsBf16 && walked >= 0) continue;  // fp32 has one scheme
         h.report(name + scheme, h.median_us([&, w = walked] {
-                     attention::backward(t.dqkv.get(), t.bias, t.scratch, dout.get(), t.out.get(), qkv.get(), t.lse, s.B, s.T,
-                                         s.NH, Write::Assign, h.gpu, w);
-                 }),
+            attention::backward(t.dqkv.get(), t.bias, t.scratch, dout.get(), t.out.get(), qkv.get(), t.lse,
+                                s.B, s.T, s.NH, Write::Assign, h.gpu, w);
+        }),
                  8 * n * element, 5 * products);
     }
 }

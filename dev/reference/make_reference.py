@@ -44,7 +44,7 @@ VARIANTS = {
 
 
 class NormalizedSai:
-    """Algorithm 1 of arXiv 2412.11768: gains are g-SNR over the largest of all blocks, of the first gradient."""
+    """Algorithm 1 of arXiv 2412.11768: gains are the first gradient's g-SNR over the largest."""
 
     def __init__(self, groups, lr, momentum, eps):
         self.param_groups = groups
@@ -72,7 +72,7 @@ class NormalizedSai:
 
 
 def make_model(args) -> GPT2LMHeadModel:
-    """A GPT-2 in double precision whose weights are exact in bf16 and large enough that every gradient matters."""
+    """A GPT-2 in double precision; weights are exact in bf16 and so large that every gradient matters."""
     config = GPT2Config(
         vocab_size=args.vocab_size,
         n_positions=args.positions,
@@ -134,7 +134,7 @@ def make_optimizer(variant, model):
 
 
 def scheduled(args, peak, k) -> float:
-    """Learning rate of update k from 1: linear warm-up, then cosine to a fraction (design, "Learning rate")."""
+    """Learning rate of update k from 1: linear warm-up, then cosine to a fraction."""
     s = k - 1
     if s < args.warmup_steps:
         return peak * (s + 1) / args.warmup_steps
@@ -151,7 +151,7 @@ def restore(model, weights):
 
 
 def without_key_bias(name, p):
-    """Leaves out the K third of the qkv bias: its gradient is rounding alone, and AdamW makes full steps of that."""
+    """Leaves out the K third of the qkv bias: its gradient is rounding, of which AdamW makes full steps."""
     if not name.endswith("attn.c_attn.bias"):
         return p
     q, _, v = p.chunk(3)
@@ -193,7 +193,7 @@ def run(args, model, variant, weights, tokens) -> tuple[dict, dict]:
 
 
 def store(out, name, tensor, compact):
-    """Puts a tensor into `out`: fp32, or, where compact, fp16 times a power of two. Returns what is stored."""
+    """Puts a tensor into `out`: fp32, or, compact, fp16 times a power of two. Returns what is stored."""
     if not compact:
         out[name] = tensor.float().contiguous()
         return out[name].double()
@@ -286,7 +286,8 @@ def main():
     (args.out / "expected.json").write_text(json.dumps(settings, indent=2) + "\n")
     size = sum(f.stat().st_size for f in args.out.iterdir())
     print(
-        f"{args.out}: {sum(p.numel() for p in model.parameters())} parameters, loss {float(loss):.4f}, {size} bytes"
+        f"{args.out}: {sum(p.numel() for p in model.parameters())} parameters, loss {float(loss):.4f}, "
+        f"{size} bytes"
     )
 
 

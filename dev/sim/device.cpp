@@ -78,11 +78,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
     if (!fits(block, kMaxBlock) || !fits(grid, kMaxGrid) || size_t{block.x} * block.y * block.z > kMaxThreads)
         return set_error(cudaErrorInvalidConfiguration);
     if (config.dynamicSmemBytes > shared_allowed(kernel)) return set_error(cudaErrorInvalidValue);
-    static std::atomic<uint64_t> launches{0};
-    const Launch l{call, nullptr, kernel, grid, block, config.dynamicSmemBytes, ++launches};
+    const Launch l{call, arguments.get(), kernel, grid, block, config.dynamicSmemBytes, 0};
     return enqueue(config.stream, "kernel", [l, arguments = std::move(arguments)] {
+        static std::atomic<uint64_t> launches{0};
         Launch now = l;
-        now.arguments = arguments.get();
+        now.number = ++launches;  // a graph's kernel is another launch each time
         run_grid(now);
     });
 }

@@ -39,7 +39,8 @@ std::string thread_of(const Worker& w);
 uintptr_t program_base();                          // where the program's code is loaded
 const char* mangled_name(const void* function);    // "" where the program's symbol table doesn't have it
 std::string kernel_name(const void* function);     // demangled, without parameters
-std::string source_line(const void* return_address);  // "file:line" by addr2line, outside dev/sim where inlined; or ""
+// "file:line", with " from file:line" for each function it was inlined into, without dev/sim's own; by addr2line, or "".
+std::string source_line(const void* return_address);
 
 // ---- memory.cpp -------------------------------------------------------------------------------------------------------
 

@@ -103,17 +103,21 @@ std::string source_line(const void* return_address) {
     snprintf(command, sizeof(command), "addr2line -i -e /proc/%d/exe 0x%zx 2>/dev/null", static_cast<int>(getpid()),
              static_cast<size_t>(call));
     const std::string lines = run(command);
-    for (size_t at = 0; at < lines.size();) {  // innermost first; the simulator's own headers say nothing
+    char here[4096];
+    const std::string tree = getcwd(here, sizeof(here)) ? std::string(here) + "/" : "";
+    std::string text;
+    int frames = 0;
+    for (size_t at = 0; at < lines.size() && frames < 3;) {  // innermost first; the simulator's own headers say nothing
         const size_t end = std::min(lines.find('\n', at), lines.size());
         std::string line = lines.substr(at, lines.find_first_of(" \n", at) - at);
-        if (line.find("dev/sim/") == std::string::npos && line.find("??") == std::string::npos) {
-            char here[4096];
-            if (getcwd(here, sizeof(here)) && line.starts_with(std::string(here) + "/")) line.erase(0, strlen(here) + 1);
-            return line;
-        }
         at = end + 1;
+        if (line.find("dev/sim/") != std::string::npos || line.find("??") != std::string::npos) continue;
+        for (const std::string& prefix : {tree, std::string("./")})
+            if (line.starts_with(prefix)) line.erase(0, prefix.size());
+        if (line.starts_with("/usr/")) continue;
+        text += (frames++ ? " from " : "") + line;
     }
-    return "";
+    return text;
 }
 
 }  // namespace sim

@@ -146,6 +146,8 @@ __global__ void add_kernel(float* out, const float* in, float value) {
     out[i] = in[i] + value;  // out may be in
 }
 
+__global__ void mirror_kernel(float* out, const float* in) { out[threadIdx.x] = in[blockDim.x - 1 - threadIdx.x]; }
+
 void last_block_adds(Gpu& gpu) {
     DeviceBuffer<float> out(64), partial(8 * 64);
     DeviceBuffer<unsigned> ticket(1);
@@ -300,6 +302,25 @@ void fork_and_join(Gpu& gpu) {
     CUDA_CHECK(cudaStreamDestroy(other));
 }
 
+// The kernels of a graph are other launches each time it runs.
+void replay(Gpu& gpu) {
+    DeviceBuffer<float> x(64), y(64);
+    std::vector<float> host(64);
+    for (size_t i = 0; i < 64; i++) host[i] = static_cast<float>(i);
+    copy_to_device(x.get(), host.data(), 64, gpu);
+    CUDA_CHECK(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeGlobal));
+    launch(mirror_kernel, {1, 64}, gpu, y.get(), x.get());
+    launch(add_kernel, {1, 64}, gpu, x.get(), y.get(), 1.0f);
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CUDA_CHECK(cudaStreamEndCapture(gpu.stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiate(&exec, graph));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+    for (int i = 0; i < 3; i++) CUDA_CHECK(cudaGraphLaunch(exec, gpu.stream));
+    expect("x", fetch(x.get(), 64, gpu), [](size_t i) { return 63 - i + 3; });
+    CUDA_CHECK(cudaGraphExecDestroy(exec));
+}
+
 // Blocking streams wait for the default stream, and it for them.
 void default_stream(Gpu& gpu) {
     cudaStream_t blocking;
@@ -347,6 +368,7 @@ int main(int argc, char** argv) {
     add("pinned_ring", pinned_ring);
     add("pageable", pageable);
     add("fork_and_join", fork_and_join);
+    add("replay", replay);
     add("default_stream", default_stream);
     add("refused", refused);
     return run_cases(cases, argc, argv);

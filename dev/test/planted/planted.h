@@ -52,7 +52,7 @@ inline int run_cases(const std::vector<Case>& cases, int argc, char** argv) {
     }
     for (const Case& c : cases) {
         if (argc != 2 || strcmp(argv[1], c.name) != 0) continue;
-        Gpu gpu(size_t{1} << 20);
+        Gpu gpu;
         c.run(gpu);
         return 0;
     }
