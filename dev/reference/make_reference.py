@@ -21,8 +21,8 @@ DIR becomes a directory that Hugging Face opens (config.json, model.safetensors)
 VARIANT is adamw (torch.optim.AdamW), sgd_sai_raw (the authors' package, PyPI sgd-sai) or sgd_sai_normalized
 (algorithm 1 of arXiv 2412.11768, with the unbiased variance that the package has). NAME is Hugging Face's.
 
---compact stores gradients and final weights as fp16 times a power of two (NAME.exponent), which keeps a
-reference small.
+--compact runs stores the runs' final weights, --compact all the gradients too, as fp16 times a power of two
+(NAME.exponent), which keeps a reference small.
 """
 
 import argparse
@@ -225,7 +225,7 @@ def main():
     parser.add_argument("--grad-clip", type=float, default=1.0)
     parser.add_argument("--final-lr-fraction", type=float, default=0.1)
     parser.add_argument("--variants", default=",".join(VARIANTS), help="those that get fed and run weights")
-    parser.add_argument("--compact", action="store_true")
+    parser.add_argument("--compact", choices=["none", "runs", "all"], default="none")
     parser.add_argument(
         "--bf16-weights", action="store_true", help="save model.safetensors as bf16 (it is exact)"
     )
@@ -259,7 +259,7 @@ def main():
     out["loss"], out["logits"] = loss.detach().float().reshape(1), logits.detach().float().contiguous()
     # What is fed and measured is the gradient as stored: so rounding it is no error of those that read it.
     gradients = {
-        name: store(out, f"grad.{name}", p.grad, args.compact) for name, p in model.named_parameters()
+        name: store(out, f"grad.{name}", p.grad, args.compact == "all") for name, p in model.named_parameters()
     }
     norm = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
     c = args.grad_clip / norm if 0 < args.grad_clip < norm else 1.0
@@ -275,7 +275,7 @@ def main():
         if variant not in chosen:
             continue
         for name, p in final.items():
-            store(out, f"run.{variant}.{name}", p - weights[name], args.compact)
+            store(out, f"run.{variant}.{name}", p - weights[name], args.compact != "none")
         for name, p in fed(args, model, variant, weights, gradients).items():
             out[f"fed.{variant}.{name}"] = p.float().contiguous()
     save_file(out, args.out / "expected.safetensors", metadata={"format": "pt"})
