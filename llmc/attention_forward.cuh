@@ -10,10 +10,12 @@
 // A block owns 128 queries of a head and walks the keys from the first to the diagonal, 64 at a time:
 //
 //            keys 0   64  128  192  256 ...
-//     queries   0 [ m  | m ]               Q is read once, into registers. K and V tiles come by cp.async into
-//     queries 128 [    |    | m  | m ]     two stages, the next while this one is used: one barrier a tile.
-//     queries 256 [    |    |    |    | m  m: the tile crosses the diagonal and is masked, others aren't; a warp
-//                                          skips tiles that lie after its last query.
+//     queries   0 [ m  | m ]               m: the tile crosses the diagonal and is masked, the others aren't;
+//     queries 128 [    |    | m  | m ]     a warp skips tiles that lie after its last query.
+//     queries 256 [    |    |    |    | m
+//
+// Q is read once, into registers. K and V tiles come by cp.async into two stages, the next one while this one
+// is used: one barrier a tile.
 //
 // Softmax is the online one: a running maximum and sum for each row, the sums rescaled when the maximum
 // grows.

@@ -13,11 +13,10 @@
 // which would save those, isn't worth tensor maps from the driver.
 //
 // NOT the default: compiled (106 registers, no spill, nothing serialised) and run in the simulator, not
-// measured on a GPU. Predicted there, cycles of an SM for a tile of 128 x 64: products 512 (mma.sync: 820),
-// 2^x 512 (the same), instructions issued 800 of 4 a cycle (1250): 40% less where mma.sync's kernel is bound
-// by products and their ldmatrix. With the same share of the bound reached, 300 instead of 230 TFLOP/s at T =
-// 1024, 1% of a step. To make it the default where gpu.properties.major is 9, call forward_sm90 in
-// attention_forward.
+// measured on a GPU. Computed cycles of an SM for a tile of 128 x 64, mma.sync's in brackets: products 512
+// (826), 2^x 512 (512), instruction issue 600 (640), shared memory 256 (512). So the bound falls from 826 to
+// 600, and at T = 1024 one may hope for 265 to 300 TFLOP/s where mma.sync reaches 230: 1% of a step. To make
+// it the default where gpu.properties.major is 9, call forward_sm90 in attention_forward.
 //
 // The simulator executes a product where it is started: a forgotten fence or wait shows on a GPU only.
 #pragma once

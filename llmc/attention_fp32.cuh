@@ -138,6 +138,7 @@ attention_dk_fp32_kernel(float* dqkv, const float* row_dots, const float* dout, 
         const float p = exp2f(k.dot(queries.row(query)) - lse[rows + query]);
         dk.add(p * dp, queries.row(query));
     }
+    // The address is computed here: the loop has no register left to keep it in.
     dk.store(packed_rows(dqkv, kKey, ptx::opaque(head), T, NH).row(key), kScale);
 }
 

@@ -99,12 +99,13 @@ __device__ inline void barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- sm_90a: products of a warpgroup ----------------------------------------------------------------------------------
+// ---- sm_90a: products of a warpgroup ----------------------------------------------------------------------
 //
-// Four consecutive warps, the first a multiple of 4, multiply together; warp w of them has rows 16 w .. 16 w + 15 of the left
-// operand and the result, both laid out as in mma_m16n8k16. The right operand is read from shared memory by the tensor
-// core itself: a tile of 128-byte rows from a 1024-byte boundary on, whose row r keeps its 16-byte chunk c at place
-// c ^ (r % 8) (PTX ISA, "128-Byte swizzling mode"). Built for other architectures they trap.
+// Four consecutive warps, the first a multiple of 4, multiply together; warp w of them has rows 16 w .. 16 w
+// + 15 of the left operand and the result, both laid out as in mma_m16n8k16. The right operand is read from
+// shared memory by the tensor core itself: a tile of 128-byte rows from a 1024-byte boundary on, whose row r
+// keeps its 16-byte chunk c at place c ^ (r % 8) (PTX ISA, "128-Byte swizzling mode"). Built for other
+// architectures they trap.
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define PTX_SM90A(...) asm volatile(__VA_ARGS__)
@@ -112,8 +113,8 @@ __device__ inline void barrier_sync(int id, int threads) {
 #define PTX_SM90A(...) __trap()
 #endif
 
-// Ordinary and cp.async writes of this thread to shared memory before it are seen by warpgroup products after it (and after
-// a barrier, where other threads start them). (fence.proxy.async)
+// Ordinary and cp.async writes of this thread to shared memory before it are seen by warpgroup products after
+// it (and after a barrier, where other threads start them). (fence.proxy.async)
 __device__ inline void fence_async_proxy() { PTX_SM90A("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Registers written before it may be operands of products after it. (wgmma.fence)
@@ -122,8 +123,9 @@ __device__ inline void wgmma_fence() { PTX_SM90A("wgmma.fence.sync.aligned;" :::
 // Closes the group of the warpgroup's products since the last commit. (wgmma.commit_group)
 __device__ inline void wgmma_commit() { PTX_SM90A("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits for all groups. d stands for the accumulators that are complete after it: none of their uses moves before it, which
-// the compiler would do, since it takes a product for done when it is started. (wgmma.wait_group)
+// Waits for all groups. d stands for the accumulators that are complete after it: none of their uses moves
+// before it, which the compiler would do, since it takes a product for done when it is started.
+// (wgmma.wait_group)
 __device__ inline void wgmma_wait_all(float (&d)[8][4]) {
     PTX_SM90A("wgmma.wait_group.sync.aligned 0;"
         : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
@@ -138,18 +140,22 @@ __device__ inline void wgmma_wait_all(float (&d)[8][4]) {
         : "memory");
 }
 
-// The matrix descriptor of a tile's block that starts at `block`: address / 16 in bits 0 .. 13, 1024 bytes from eight rows to
-// the next eight in bits 32 .. 45, swizzle mode 1 (128 bytes) in bits 62 .. 63. (PTX ISA, "Matrix Descriptor Format")
+// The matrix descriptor of a tile's block that starts at `block`: address / 16 in bits 0 .. 13, 1024 bytes
+// from eight rows to the next eight in bits 32 .. 45, swizzle mode 1 (128 bytes) in bits 62 .. 63. (PTX ISA,
+// "Matrix Descriptor Format")
 __device__ inline uint64_t matrix_descriptor(const void* block) {
-    return static_cast<uint64_t>(shared_address(block) >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
-           uint64_t{1} << 62;
+    return static_cast<uint64_t>(shared_address(block) >> 4 & 0x3fff) | uint64_t{1} << 16 |
+           uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-// d (64, 64) = or, kAdd, += a (64, 16) times the transpose of the tile's block of 64 rows and 16 columns from `column` on.
-// Starts the product; it is done after wgmma_commit and wgmma_wait_all. (wgmma.mma_async.m64n64k16, B K-major)
+// d (64, 64) = or, kAdd, += a (64, 16) times the transpose of the tile's block of 64 rows and 16 columns from
+// `column` on. Starts the product; it is done after wgmma_commit and wgmma_wait_all.
+// (wgmma.mma_async.m64n64k16, B K-major)
 template <bool kAdd>
-__device__ inline void wgmma_transposed(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile, int column) {
-    PTX_SM90A("{ .reg .pred add; setp.ne.b32 add, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+__device__ inline void wgmma_transposed(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile,
+                                        int column) {
+    PTX_SM90A("{ .reg .pred add; setp.ne.b32 add, %37, 0; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
         "{%32, %33, %34, %35}, %36, add, 1, 1, 0; }"
@@ -161,12 +167,14 @@ __device__ inline void wgmma_transposed(float (&d)[8][4], const uint32_t (&a)[4]
           "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
           "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
           "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(tile + 2 * column)), "n"(kAdd ? 1 : 0));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(tile + 2 * column)),
+          "n"(kAdd ? 1 : 0));
 }
 
 // d (64, 64) += a (64, 16) times the tile's 16 rows from `row` on, 64 columns. (the same, B MN-major)
 __device__ inline void wgmma(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile, int row) {
-    PTX_SM90A("{ .reg .pred add; setp.ne.b32 add, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+    PTX_SM90A("{ .reg .pred add; setp.ne.b32 add, %37, 0; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
         "{%32, %33, %34, %35}, %36, add, 1, 1, 1; }"

@@ -6,7 +6,7 @@
 // of the outputs; none of the former in fp32), v that of fp32, and a = 2 v the error of an addition (tensor
 // cores truncate):
 //
-//     S    s = 64 a max_j sum_d |q_id k_jd| / 8 + 4 v max_j |S_ij| + 2^-22    sum of 64 products, scaling, 2^x
+//     S    s = 64 a max_j sum_d |q_id k_jd| / 8 + 4 v max_j |S_ij| + 2^-22   sum of 64 products, scaling, 2^x
 //     P    2 s (numerator and denominator) + T a in forward; L: s + T a + rounding; in backward p = s + L's
 //     O    |dO| <= (u + P's) sum_j P_ij |v_jd| + u |O_id|
 //     D    d_i   = sum_d |dO_id| (O's bound) + 64 a sum_d |dO_id O_id|

@@ -1,7 +1,7 @@
-// Test of each word of llmc/ptx.cuh, of the warp intrinsics and of the bf16 conversions, alone: against the index
-// formulas and rounding rules of the PTX ISA (8.5), written here a second time from its text, not from the words. The
-// same program runs on a GPU and in the simulator: a layout that is wrong in both a word and the kernels that use it
-// would be green everywhere else.
+// Test of each word of llmc/ptx.cuh, of the warp intrinsics and of the bf16 conversions, alone: against the
+// index formulas and rounding rules of the PTX ISA (8.5), written here a second time from its text, not from
+// the words. The same program runs on a GPU and in the simulator: a layout that is wrong in both a word and
+// the kernels that use it would be green everywhere else.
 #include <ptx.cuh>
 #include "dev/kernels/harness.h"
 
@@ -21,7 +21,7 @@ uint32_t bits_of(float f) {
     return bits;
 }
 
-// ---- mma.m16n8k16 (9.7.13.4.8, "Matrix Fragments for mma.m16n8k16 with floating point type") --------------------------
+// ---- mma.m16n8k16 (9.7.13.4.8, "Matrix Fragments for mma.m16n8k16 with floating point type") --------------
 
 __global__ void mma_kernel(float* d, const uint32_t* a, const uint32_t* b, const float* c) {
     const int lane = threadIdx.x;
@@ -44,7 +44,8 @@ int b_column(int lane, int) { return lane >> 2; }
 int c_row(int lane, int i) { return i < 2 ? lane >> 2 : (lane >> 2) + 8; }
 int c_column(int lane, int i) { return (lane % 4) * 2 + (i & 1); }
 
-// The upper half of a bf16 value's float; the element with the lower index lies in the lower half of a register.
+// The upper half of a bf16 value's float; the element with the lower index lies in the lower half of a
+// register.
 uint32_t half_of(float f) { return bits_of(f) >> 16; }
 
 void run_mma(Harness& h, const Mma& m, float (&d)[16][8]) {
@@ -82,9 +83,12 @@ void test_mma(Harness& h) {
     Mma m;
     const std::vector<int> r = h.random_ints(16 * 16 + 16 * 8 * 2, 255);
     size_t at = 0;
-    for (auto& row : m.a) for (float& x : row) x = static_cast<float>(r[at++] - 127);
-    for (auto& row : m.b) for (float& x : row) x = static_cast<float>(r[at++] - 127);
-    for (auto& row : m.c) for (float& x : row) x = static_cast<float>(r[at++] - 127);
+    for (auto& row : m.a)
+        for (float& x : row) x = static_cast<float>(r[at++] - 127);
+    for (auto& row : m.b)
+        for (float& x : row) x = static_cast<float>(r[at++] - 127);
+    for (auto& row : m.c)
+        for (float& x : row) x = static_cast<float>(r[at++] - 127);
     float d[16][8];
     double absolute;
     run_mma(h, m, d);
@@ -93,15 +97,18 @@ void test_mma(Harness& h) {
         for (int j = 0; j < 8; j++) exact &= d[i][j] == product(m, i, j, &absolute);
     h.check("mma_m16n8k16: integers, exact", exact);
 
-    // Any order of the 17 terms, each addition to at least 24 bits and rounded in any direction (9.7.13.4): an error of
-    // at most 17 * 2^-23 of the sum of magnitudes.
+    // Any order of the 17 terms, each addition to at least 24 bits and rounded in any direction (9.7.13.4):
+    // an error of at most 17 * 2^-23 of the sum of magnitudes.
     const std::vector<floatX> x = h.random<floatX>(16 * 16 + 16 * 8);
     const std::vector<float> y = h.random<float>(16 * 8);
     at = 0;
-    for (auto& row : m.a) for (float& v : row) v = float_of(bits_of(static_cast<float>(x[at++])) & 0xffff0000u);
-    for (auto& row : m.b) for (float& v : row) v = float_of(bits_of(static_cast<float>(x[at++])) & 0xffff0000u);
+    for (auto& row : m.a)
+        for (float& v : row) v = float_of(bits_of(static_cast<float>(x[at++])) & 0xffff0000u);
+    for (auto& row : m.b)
+        for (float& v : row) v = float_of(bits_of(static_cast<float>(x[at++])) & 0xffff0000u);
     at = 0;
-    for (auto& row : m.c) for (float& v : row) v = y[at++];
+    for (auto& row : m.c)
+        for (float& v : row) v = y[at++];
     run_mma(h, m, d);
     std::vector<float> got;
     std::vector<double> want, bound;
@@ -124,7 +131,7 @@ void test_mma(Harness& h) {
     h.check("mma_m16n8k16: infinity, and infinity times zero", d[12][6] == INFINITY && std::isnan(d[12][0]));
 }
 
-// ---- ldmatrix (9.7.13.4.15) -------------------------------------------------------------------------------------------
+// ---- ldmatrix (9.7.13.4.15) -------------------------------------------------------------------------------
 
 struct RowsShared {
     alignas(16) uint16_t rows[kLanes][8];
@@ -147,37 +154,40 @@ void test_ldmatrix(Harness& h) {
     for (int l = 0; l < kLanes; l++) place[l] = (l * 13 + 7) % kLanes;
     auto device_place = h.to_device(place);
     auto plain = h.poisoned<uint32_t>(kLanes * 4), transposed = h.poisoned<uint32_t>(kLanes * 4);
-    launch<RowsShared>(ldmatrix_kernel, {1, kLanes}, h.gpu, plain.get(), transposed.get(), device_place.get());
+    launch<RowsShared>(ldmatrix_kernel, {1, kLanes}, h.gpu, plain.get(), transposed.get(),
+                       device_place.get());
     const auto p = h.to_host(plain.get(), kLanes * 4), t = h.to_host(transposed.get(), kLanes * 4);
-    auto element = [](int matrix, int row, int column) { return static_cast<uint32_t>((matrix * 8 + row) * 8 + column); };
+    auto element = [](int matrix, int row, int column) {
+        return static_cast<uint32_t>((matrix * 8 + row) * 8 + column);
+    };
     bool right = true, right_transposed = true;
     for (int lane = 0; lane < kLanes; lane++)
         for (int i = 0; i < 4; i++) {
             const int row = lane / 4, column = 2 * (lane % 4);
             right &= p[lane * 4 + i] == (element(i, row, column) | element(i, row, column + 1) << 16);
-            right_transposed &= t[lane * 4 + i] == (element(i, column, row) | element(i, column + 1, row) << 16);
+            right_transposed &=
+                t[lane * 4 + i] == (element(i, column, row) | element(i, column + 1, row) << 16);
         }
     h.check("ldmatrix_x4", right);
     h.check("ldmatrix_x4_trans", right_transposed);
 }
 
-// ---- cp.async (9.7.8.22) ----------------------------------------------------------------------------------------------
+// ---- cp.async (9.7.8.22) ----------------------------------------------------------------------------------
 
 struct CopyShared {
     alignas(16) uint32_t words[3][kLanes * 4];
 };
 
-// Three groups; after each wait, what must have landed by then is written out. Lanes of odd number zero-fill the last.
+// Three groups; after each wait, what must have landed by then is written out. Lanes of odd number zero-fill
+// the last.
 __global__ void cp_async_kernel(uint32_t* out, const uint32_t* in) {
     CopyShared& s = shared<CopyShared>();
     const int lane = threadIdx.x;
     for (int g = 0; g < 3; g++) {
         void* dst = &s.words[g][lane * 4];
         const uint32_t* src = in + (g * kLanes + lane) * 4;
-        if (g < 2)
-            ptx::cp_async_16(dst, src);
-        else
-            ptx::cp_async_16_zfill(dst, src, lane % 2 == 0);
+        if (g < 2) ptx::cp_async_16(dst, src);
+        else ptx::cp_async_16_zfill(dst, src, lane % 2 == 0);
         ptx::cp_async_commit();
     }
     auto write_out = [&](int g) {  // another lane's copy, so behind a barrier
@@ -209,7 +219,7 @@ void test_cp_async(Harness& h) {
     h.check("cp_async_16_zfill, wait for all", right[2]);
 }
 
-// ---- shuffles (9.7.8.6: the pseudo-code of shfl.sync; CUDA passes c = (32 - width) << 8, with 0x1f but for up) --------
+// ---- shuffles (9.7.8.6: the pseudo-code of shfl.sync; CUDA passes c = (32 - width) << 8, with 0x1f but for 
 
 enum Mode { kUp, kDown, kXor, kIndex, kModes };
 
@@ -252,12 +262,13 @@ void test_shuffles(Harness& h, const char* type) {
         for (int m = 0; m < kModes; m++)
             for (int b = 0; b < 32; b++)
                 for (int l = 0; l < kLanes; l++)
-                    right &= out[(m * 32 + b) * kLanes + l] == in[shuffle_source(static_cast<Mode>(m), l, b, width)];
+                    right &= out[(m * 32 + b) * kLanes + l] ==
+                             in[shuffle_source(static_cast<Mode>(m), l, b, width)];
         h.check(std::string("shuffles of ") + type + ", width " + std::to_string(width), right);
     }
 }
 
-// ---- votes and reductions (9.7.12.8 vote.sync, 9.7.12.11 redux.sync) --------------------------------------------------
+// ---- votes and reductions (9.7.12.8 vote.sync, 9.7.12.11 redux.sync) --------------------------------------
 
 __global__ void vote_kernel(unsigned* out, const unsigned* values, unsigned pattern) {
     const int lane = threadIdx.x;
@@ -297,8 +308,8 @@ void test_votes(Harness& h) {
                 sum += values[k], greatest = std::max(greatest, values[k]);
                 if (half >> k & 1) half_sum += values[k];
             }
-            const unsigned want[8] = {pattern, pattern != 0, pattern == kFull, sum, greatest, pattern & half, half_sum,
-                                      (pattern & half) == half};
+            const unsigned want[8] = {pattern,  pattern != 0,   pattern == kFull, sum,
+                                      greatest, pattern & half, half_sum,         (pattern & half) == half};
             right &= std::equal(want, want + 8, &out[l * 8]);
         }
         char name[64];
@@ -307,7 +318,7 @@ void test_votes(Harness& h) {
     }
 }
 
-// ---- barriers (9.7.12.1 bar.sync; __syncwarp) -------------------------------------------------------------------------
+// ---- barriers (9.7.12.1 bar.sync; __syncwarp) -------------------------------------------------------------
 
 struct MeetShared {
     int value[128];
@@ -339,7 +350,7 @@ void test_barriers(Harness& h) {
     h.check("barrier_sync, __syncwarp, __syncthreads", right);
 }
 
-// ---- ex2.approx.ftz (9.7.3.21) ----------------------------------------------------------------------------------------
+// ---- ex2.approx.ftz (9.7.3.21) ----------------------------------------------------------------------------
 
 __global__ void ex2_kernel(float* out, const float* in, size_t n) {
     const size_t i = size_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -351,12 +362,14 @@ void test_ex2(Harness& h) {
     for (double v = -152; v < 128; v += 0.00390001) x.push_back(static_cast<float>(v));
     for (int e = -149; e < 7; e++) x.push_back(std::ldexp(1.0f, e)), x.push_back(-std::ldexp(1.5f, e));
     const size_t regular = x.size();
-    for (const float v : {-0.0f, 0.0f, INFINITY, -INFINITY, NAN, 128.0f, -126.0f, -127.0f, 0x1p-140f}) x.push_back(v);
+    for (const float v : {-0.0f, 0.0f, INFINITY, -INFINITY, NAN, 128.0f, -126.0f, -127.0f, 0x1p-140f})
+        x.push_back(v);
     auto in = h.to_device(x);
     auto device_out = h.poisoned<float>(x.size());
     launch(ex2_kernel, {(x.size() + 255) / 256, 256}, h.gpu, device_out.get(), in.get(), x.size());
     const std::vector<float> out = h.to_host(device_out.get(), x.size());
-    // Relative error at most 2^-22.5; subnormal results are zero, so those within that error of 2^-126 may be either.
+    // Relative error at most 2^-22.5; subnormal results are zero, so those within that error of 2^-126 may be
+    // either.
     std::vector<double> want, bound;
     for (size_t i = 0; i < regular; i++) {
         const double y = std::exp2(static_cast<double>(x[i]));
@@ -368,11 +381,11 @@ void test_ex2(Harness& h) {
     const float* special = &out[regular];
     h.check("ex2: zeros give 1, infinities and NaN as IEEE, overflow gives infinity, 2^-127 gives zero",
             special[0] == 1 && special[1] == 1 && special[2] == INFINITY && bits_of(special[3]) == 0 &&
-                std::isnan(special[4]) && special[5] == INFINITY && special[6] == 0x1p-126f && bits_of(special[7]) == 0 &&
-                special[8] == 1);
+                std::isnan(special[4]) && special[5] == INFINITY && special[6] == 0x1p-126f &&
+                bits_of(special[7]) == 0 && special[8] == 1);
 }
 
-// ---- bf16 (5.2.3 and 9.7.9.21, cvt.rn.bf16.f32) -----------------------------------------------------------------------
+// ---- bf16 (5.2.3 and 9.7.9.21, cvt.rn.bf16.f32) -----------------------------------------------------------
 
 __global__ void to_bf16_kernel(uint16_t* out, uint32_t* packed, const float* in, size_t n) {
     const size_t i = size_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -393,7 +406,8 @@ __global__ void from_bf16_kernel(float* out, size_t n) {
     out[2 * i + 1] = static_cast<float>(b);
 }
 
-// The nearest of the two bf16 around f by their distances, the even one where they are equal; a NaN is 0x7fff.
+// The nearest of the two bf16 around f by their distances, the even one where they are equal; a NaN is
+// 0x7fff.
 uint16_t nearest_bf16(float f) {
     const uint32_t bits = bits_of(f);
     if (std::isnan(f)) return 0x7fff;
@@ -402,7 +416,8 @@ uint16_t nearest_bf16(float f) {
     // Beyond the greatest finite value the next one would be 2^128.
     const double f_magnitude = std::fabs(static_cast<double>(f));
     const double below = std::fabs(static_cast<double>(float_of(down << 16)));
-    const double above = (up & 0x7fff) == 0x7f80 ? 0x1p128 : std::fabs(static_cast<double>(float_of(up << 16)));
+    const double above =
+        (up & 0x7fff) == 0x7f80 ? 0x1p128 : std::fabs(static_cast<double>(float_of(up << 16)));
     const double to_below = f_magnitude - below, to_above = above - f_magnitude;
     if (to_below != to_above) return static_cast<uint16_t>(to_below < to_above ? down : up);
     return static_cast<uint16_t>(down % 2 == 0 ? down : up);
@@ -441,7 +456,7 @@ void test_bf16(Harness& h) {
     h.check("bf16 to float: every bf16", exact);
 }
 
-// ---- cached loads and stores, atomics, bits ---------------------------------------------------------------------------
+// ---- cached loads and stores, atomics, bits ---------------------------------------------------------------
 
 __global__ void memory_kernel(int4* out, int* counters, const int4* in) {
     const int i = threadIdx.x;

@@ -1,5 +1,6 @@
-// The words of llmc/ptx.cuh on the CPU: same names, same meaning, and each as late and as strict as the PTX ISA allows.
-// A word that a warp executes as one is a meeting of its 32 lanes; the last lane to come does the work for all.
+// The words of llmc/ptx.cuh on the CPU: same names, same meaning, and each as late and as strict as the PTX
+// ISA allows. A word that a warp executes as one is a meeting of its 32 lanes; the last lane to come does the
+// work for all.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -17,10 +18,11 @@ inline float ex2(float x) {
     return y < 0x1p-126f ? 0.0f : y;
 }
 
-// ---- cp.async: the bytes come at the wait, not before -----------------------------------------------------------------
+// ---- cp.async: the bytes come at the wait, not before -----------------------------------------------------
 
 // Until the wait the destination holds poison, so that whoever reads too early sees it.
-SIM_QUIET inline void cp_async_16(void* shared_dst, const void* global_src, sim::Where where = sim::Where::current()) {
+SIM_QUIET inline void cp_async_16(void* shared_dst, const void* global_src,
+                                  sim::Where where = sim::Where::current()) {
     sim::async_issue(shared_dst, global_src, where);
 }
 SIM_QUIET inline void cp_async_16_zfill(void* shared_dst, const void* global_src, bool valid,
@@ -33,7 +35,7 @@ inline void cp_async_wait() {
     sim::async_wait(N);
 }
 
-// ---- tensor-core words ------------------------------------------------------------------------------------------------
+// ---- tensor-core words ------------------------------------------------------------------------------------
 
 namespace detail {
 
@@ -77,7 +79,8 @@ inline float high(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000
 
 }  // namespace detail
 
-SIM_QUIET inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row, sim::Where where = sim::Where::current()) {
+SIM_QUIET inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row,
+                                  sim::Where where = sim::Where::current()) {
     detail::ldmatrix<false>("ldmatrix_x4", r, shared_row, where);
 }
 SIM_QUIET inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row,
@@ -85,7 +88,8 @@ SIM_QUIET inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row
     detail::ldmatrix<true>("ldmatrix_x4_trans", r, shared_row, where);
 }
 
-// Each lane spreads its fragments into whole matrices of floats (bf16 products are exact there), the last one multiplies.
+// Each lane spreads its fragments into whole matrices of floats (bf16 products are exact there), the last one
+// multiplies.
 SIM_QUIET inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                    sim::Where where = sim::Where::current()) {
     using namespace detail;
@@ -118,7 +122,9 @@ SIM_QUIET inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32
 }
 
 // Two floats rounded to nearest even bf16, lo in the lower half (cvt.rn.bf16x2.f32).
-inline uint32_t pack_bf16(float lo, float hi) { return sim::bf16_bits(lo) | uint32_t{sim::bf16_bits(hi)} << 16; }
+inline uint32_t pack_bf16(float lo, float hi) {
+    return sim::bf16_bits(lo) | uint32_t{sim::bf16_bits(hi)} << 16;
+}
 
 // x; on a GPU, hidden from the compiler's analysis.
 inline int opaque(int x) { return x; }
@@ -128,10 +134,10 @@ SIM_QUIET inline void barrier_sync(int id, int threads, sim::Where where = sim::
     sim::barrier("barrier_sync", id, static_cast<unsigned>(threads), where);
 }
 
-// ---- products of a warpgroup (sm_90a) ---------------------------------------------------------------------------------
+// ---- products of a warpgroup (sm_90a) ---------------------------------------------------------------------
 //
-// A warp's rows of the result depend on its own rows of the left operand alone, so each warp does its part by itself, at once:
-// a missing fence, commit or wait isn't seen here.
+// A warp's rows of the result depend on its own rows of the left operand alone, so each warp does its part by
+// itself, at once: a missing fence, commit or wait isn't seen here.
 
 inline void fence_async_proxy() {}
 inline void wgmma_fence() {}
