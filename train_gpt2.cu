@@ -29,6 +29,10 @@ extern const char kBuildCommit[];  // build/commit.cpp
 // This many updates skipped in a row are no accident: the run has diverged or its data is broken.
 constexpr int kMaxSkippedInARow = 10;
 
+// Of --profile: first updates, which make plans and graphs. Then come so many as in training, and as many timed.
+constexpr int64_t kProfileWarmUp = 3;
+static int64_t updates_of(const Options& o) { return o.profile > 0 ? kProfileWarmUp + 2 * o.profile : o.steps; }
+
 // ---- set-up ----------------------------------------------------------------------------------------------------------
 
 // Where the weights come from, and the shape that follows: the flags, or the model of --init-from.
@@ -88,7 +92,7 @@ struct Run {
     Gpt2 model{config, matmuls, gpu};
     Optimizer optimizer{optimizer_options, model.table.blocks(), gpu};
     Trainer trainer{model, optimizer, {train_data.micro_steps(), o.grad_clip, o.graph}, gpu};
-    Screen screen{o.steps};
+    Screen screen{updates_of(o)};
     int64_t applied = 0, skipped_in_a_row = 0;
     std::string skip_text = "";
 
@@ -215,16 +219,14 @@ void Run::tell(const StepResult& result) {
     screen.step(report);
 }
 
-// --profile: the first updates, which make plans and graphs; so many as in training; and as many with every launch timed.
-// Then the table. The model is not saved. Returns the program's exit status.
+// The updates of --profile, then its table. The model is not saved. Returns the program's exit status.
 int Run::profile() {
-    constexpr int64_t kWarmUp = 3;
-    const int64_t first_timed = kWarmUp + o.profile + 1, last = kWarmUp + 2 * o.profile;
+    const int64_t first_timed = kProfileWarmUp + o.profile + 1, last = updates_of(o);
     std::vector<double> trained_ms, profiled_ms;
     auto take = [&](const std::optional<StepResult>& result) {
         if (!result) return;
         tell(*result);
-        if (result->step > kWarmUp) (result->step < first_timed ? trained_ms : profiled_ms).push_back(result->step_ms);
+        if (result->step > kProfileWarmUp) (result->step < first_timed ? trained_ms : profiled_ms).push_back(result->step_ms);
     };
     for (int64_t step = 1; step <= last; step++) {
         if (step == first_timed) take(trainer.flush()), model.profile.start();

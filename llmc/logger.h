@@ -89,29 +89,25 @@ class Logger {
     // Writes nothing: for the ranks that don't log.
     Logger() = default;
 
-    // Creates output_dir and its parents where they are missing, and a new log in it. Fatal where that can't
-    // be done, or where a log is there already: a run never overwrites another.
-    explicit Logger(const std::string& output_dir) {
+    // Creates output_dir and its parents where they are missing. Fatal where that can't be done or no log could be written
+    // there, or where one is there already: a run never overwrites another. The log itself comes with the first record, so
+    // that a run which fails before can be started again by the same command.
+    explicit Logger(const std::string& output_dir) : output_dir_(output_dir), path_(output_dir + "/log.jsonl") {
         std::error_code error;
         std::filesystem::create_directories(output_dir, error);
         if (error) {
-            fatal("--output-dir %s can't be created: %s; give a directory that can be written",
-                  output_dir.c_str(), error.message().c_str());
+            fatal("--output-dir %s can't be created: %s; give a directory that can be written", output_dir.c_str(),
+                  error.message().c_str());
         }
-        path_ = output_dir + "/log.jsonl";
-        fd_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0666);
-        if (fd_ < 0 && errno == EEXIST) {
-            fatal("--output-dir %s holds another run's log.jsonl; give another directory or move it away",
-                  output_dir.c_str());
-        }
-        if (fd_ < 0) {
-            fatal("--output-dir %s: log.jsonl can't be created: %s; give a directory that can be written",
-                  output_dir.c_str(), strerror(errno));
-        }
+        create();
+        close(std::exchange(fd_, -1));
+        unlink(path_.c_str());
     }
 
-    Logger(Logger&& other) noexcept : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)) {}
+    Logger(Logger&& other) noexcept
+        : output_dir_(std::move(other.output_dir_)), path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)) {}
     Logger& operator=(Logger&& other) noexcept {
+        std::swap(output_dir_, other.output_dir_);
         std::swap(path_, other.path_);
         std::swap(fd_, other.fd_);
         return *this;
@@ -124,7 +120,8 @@ class Logger {
 
     // Appends one record. The line is with the system when this returns: it outlives the program.
     void write(const Json& record) {
-        if (fd_ < 0) return;
+        if (path_.empty()) return;
+        if (fd_ < 0) create();
         const std::string line = json_text(record) + "\n";
         for (size_t done = 0; done < line.size();) {
             const ssize_t put = ::write(fd_, line.data() + done, line.size() - done);
@@ -136,6 +133,16 @@ class Logger {
     }
 
   private:
-    std::string path_;
+    void create() {
+        fd_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0666);
+        if (fd_ >= 0) return;
+        if (errno == EEXIST)
+            fatal("--output-dir %s holds another run's log.jsonl; give another directory or move it away",
+                  output_dir_.c_str());
+        fatal("--output-dir %s: log.jsonl can't be created: %s; give a directory that can be written",
+              output_dir_.c_str(), strerror(errno));
+    }
+
+    std::string output_dir_, path_;
     int fd_ = -1;
 };

@@ -2,12 +2,12 @@
 
     python dev/reference/bench_torch.py --model d12 --batch-size 64
     python dev/reference/bench_torch.py --model d48 --batch-size 32 --fit
-    python dev/reference/bench_torch.py --model d12 --batch-size 64 --optimizer sgd_sai      # the authors' package
+    python dev/reference/bench_torch.py --model d12 --optimizer sgd_sai      # the authors' package
 
-torch.compile, bf16 autocast over fp32 weights, scaled_dot_product_attention, fused AdamW, TF32 for what is left
-in fp32, a vocabulary padded to 50304, gradients clipped at 1. Tokens are random and made on the GPU, so data
-costs nothing. Steps are timed by CUDA events, after warm-up, which compiles; the median counts. The last line is
-one JSON object.
+torch.compile, bf16 autocast over fp32 weights, scaled_dot_product_attention, fused AdamW, TF32 for what is
+left in fp32, a vocabulary padded to 50304, gradients clipped at 1. Tokens are random and made on the GPU, so
+that data costs nothing. Steps are timed by CUDA events, after warm-up, which compiles; the median counts. The
+last line is one JSON object.
 """
 
 import argparse

@@ -259,7 +259,8 @@ def main():
     out["loss"], out["logits"] = loss.detach().float().reshape(1), logits.detach().float().contiguous()
     # What is fed and measured is the gradient as stored: so rounding it is no error of those that read it.
     gradients = {
-        name: store(out, f"grad.{name}", p.grad, args.compact == "all") for name, p in model.named_parameters()
+        name: store(out, f"grad.{name}", p.grad, args.compact == "all")
+        for name, p in model.named_parameters()
     }
     norm = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
     c = args.grad_clip / norm if 0 < args.grad_clip < norm else 1.0

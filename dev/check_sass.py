@@ -1,0 +1,137 @@
+"""Checks every kernel's machine code: tensor cores and asynchronous copies where wanted, no local memory.
+
+    python dev/check_sass.py build/gpu-bf16-adamw/train_gpt2 [MORE...]
+
+Reads the programs with cuobjdump: CUDA's own, or PyPI's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm
+(pip install into .venv, or anywhere and CUOBJDUMP=path). Without one it says so and exits 0.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# What a kernel must contain, by a part of its name. HMMA: mma.sync; LDSM: ldmatrix; LDGSTS: cp.async; HGMMA:
+# wgmma; UTMALDG: TMA's loads.
+MMA_SYNC = {"HMMA", "LDSM", "LDGSTS"}
+WANTED = {
+    "attention_forward_kernel": MMA_SYNC,
+    "attention_backward_walk_kernel": MMA_SYNC,
+    "attention_backward_keys_kernel": MMA_SYNC,
+    "attention_backward_queries_kernel": MMA_SYNC,
+    "attention_forward_sm90_kernel": {"HGMMA"},
+}
+SM90_ONLY = {"attention_forward_sm90_kernel"}
+LOCAL_MEMORY = {"LDL", "STL"}  # a spill, or an array that is indexed at run time
+
+FUNCTION = re.compile(r"^\s*Function : (\S+)", re.MULTILINE)
+ARCH = re.compile(r"^arch = (sm_\w+)", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+
+
+def find_cuobjdump():
+    """The path of cuobjdump: $CUOBJDUMP, on the PATH, CUDA's, a wheel's in this Python; None without any."""
+    wheels = [Path(folder) / part for folder in sys.path for part in ("nvidia", "triton/backends/nvidia")]
+    found = [path for wheel in wheels if wheel.is_dir() for path in wheel.rglob("bin/cuobjdump")]
+    for candidate in (
+        os.environ.get("CUOBJDUMP"),
+        shutil.which("cuobjdump"),
+        "/usr/local/cuda/bin/cuobjdump",
+        *found,
+    ):
+        if candidate and os.access(candidate, os.X_OK):
+            return str(candidate)
+    return None
+
+
+def demangle(symbols):
+    """Names without return type and parameters, in the symbols' order."""
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(symbols), text=True, capture_output=True, check=True
+    ).stdout
+    return [
+        re.sub(r"^void |\(.*", "", line.replace("(anonymous namespace)::", "")) for line in text.splitlines()
+    ]
+
+
+def parse_sass(text):
+    """{(symbol, arch): set of instruction names} of cuobjdump --dump-sass."""
+    kernels, arch = {}, "?"
+    parts = re.split(r"^(?=\s*Function : |arch = )", text, flags=re.MULTILINE)
+    for part in parts:
+        if match := ARCH.match(part):
+            arch = match[1]
+        elif match := FUNCTION.match(part):
+            kernels[match[1], arch] = set(INSTRUCTION.findall(part))
+    return kernels
+
+
+def read_program(path, cuobjdump):
+    environment = {**os.environ, "PATH": f"{Path(cuobjdump).parent}:{os.environ['PATH']}"}  # it runs nvdisasm
+    run = subprocess.run(
+        [cuobjdump, "--dump-sass", str(path)], text=True, capture_output=True, check=False, env=environment
+    )
+    if run.returncode != 0:
+        sys.exit(f"{path}: cuobjdump failed: {run.stderr.strip()}")
+    kernels = parse_sass(run.stdout)
+    if not kernels:
+        sys.exit(f"{path}: cuobjdump found no machine code in it; was it built by nvcc with code=sm_...?")
+    return kernels
+
+
+def problems_of(kernels, precision):
+    """One line for each thing that is wrong, and the number of kernels with nothing wrong."""
+    names = dict(zip(kernels, demangle([symbol for symbol, _ in kernels]), strict=True))
+    problems, passed, seen = [], 0, set()
+    for key, instructions in sorted(kernels.items(), key=lambda item: (names[item[0]], item[0][1])):
+        name, arch = names[key], key[1]
+        wrong = (
+            [f"touches local memory ({', '.join(sorted(local))})"]
+            if (local := instructions & LOCAL_MEMORY)
+            else []
+        )
+        last = re.sub(r"<.*", "", name).split("::")[-1]
+        if last in WANTED:
+            seen.add((last, arch))
+            if missing := WANTED[last] - instructions:
+                wrong.append(f"has no {', no '.join(sorted(missing))}")
+        problems += [f"{name} {arch}: {what}" for what in wrong]
+        passed += not wrong
+    archs = {arch for _, arch in kernels}
+    if precision == "bf16":  # the program must hold what is to be checked
+        problems += [
+            f"{wanted} {arch}: not in the program"
+            for wanted in WANTED
+            if wanted not in SM90_ONLY
+            for arch in sorted(archs)
+            if (wanted, arch) not in seen
+        ]
+    return problems, passed
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("programs", nargs="+", type=Path)
+    args = parser.parse_args()
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        print("skipped: no cuobjdump here; .venv/bin/pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        return 0
+    passed, failed = 0, 0
+    for path in args.programs:
+        precision = "fp32" if "fp32" in str(path) else "bf16"
+        problems, good = problems_of(read_program(path, cuobjdump), precision)
+        for problem in problems:
+            print(f"FAIL {path}: {problem}")
+        passed, failed = passed + good, failed + len(problems)
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
