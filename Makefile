@@ -77,6 +77,7 @@ help:
 	@echo 'make setup   install what is missing: Debian packages, .venv'
 	@echo 'make test-long   every test under every check of the simulator (hours on 2 cores)'
 	@echo 'make gpu_builds  every GPU program, and the check of the compiler'"'"'s report'
+	@echo 'make format  lay out all sources; make compile_commands.json for editors'
 	@echo 'make clean   remove build/'
 	@echo 'variables:   CHECK=memory|race|shuffle (simulator checks), GPU_ARCH="80 90a", NVCC, EXTRA_INCLUDES'
 	@echo '$(DEVICE_REASON)'
@@ -172,7 +173,8 @@ KERNEL_TESTS = $(foreach p,$(2),$(foreach k,$(3),"kernel $(k) $(p)$(1)=build/sim
 MODEL_TESTS = $(foreach p,$(2),$(foreach o,$(3),"model $(p) $(o)$(1)=build/sim-$(p)-$(o)$(1)/test_gpt2"))
 HOST_TEST_RUNS = $(foreach t,$(HOST_TESTS) $(FUZZERS),"host $(t)$(SUFFIX)=$(HOST)/test/$(t)")
 GPU_TESTS = $(if $(filter gpu,$(DEVICE)),"gpu=dev/gpu_check.sh smoke")
-NVCC_TESTS = $(if $(NVCC),"nvcc ptxas report=$(PYTHON) dev/check_ptxas.py build/gpu-*-*/train_gpt2.ptxas")
+NVCC_TESTS = $(if $(NVCC),"nvcc ptxas report=$(PYTHON) dev/check_ptxas.py build/gpu-*-*/train_gpt2.ptxas" \
+    "nvcc machine code=$(PYTHON) dev/check_sass.py build/gpu-bf16-adamw/train_gpt2")
 
 # What `make test` runs under the checks too: the kernels with the most to get wrong, and a whole model.
 CI_CHECK_KERNELS := attention layernorm sgd_sai
@@ -211,6 +213,23 @@ test-long: test
 demo: setup device
 	@$(MAKE) --no-print-directory -j$(JOBS) $(foreach o,adamw sgd_sai,build/$(DEVICE)-bf16-$(o)/train_gpt2)
 	@DEVICE=$(DEVICE) scripts/demo.sh
+
+# ---- editors and habits ----------------------------------------------------------------------------------------------
+
+# What editors and clang-tidy read: how each source is compiled for the simulator.
+compile_commands.json: Makefile FORCE
+	@$(MAKE) --no-print-directory -Bn DEVICE=sim CHECK= build/sim-bf16-adamw/train_gpt2 build/sim-bf16-adamw/test_gpt2 \
+	    $(addprefix build/sim-bf16/kernels/,$(KERNELS)) host_tests | python3 -c 'import json, os, re, sys; \
+	    lines = [(line, re.search(r" (\S+\.(?:cu|cpp)) ", line)) for line in sys.stdin if line.startswith("g++ ")]; \
+	    json.dump([{"directory": os.getcwd(), "command": line.strip(), "file": m[1]} for line, m in lines if m], open("$@", "w"), indent=1)'
+
+FORMATTED = $(wildcard *.cu llmc/* dev/kernels/* dev/sim/*.cpp dev/sim/*.h dev/sim/*.cuh dev/test/*.cpp dev/test/*.h \
+              dev/test/planted/*.cu dev/test/planted/*.h)
+# Lays out C++, CUDA and Python as .clang-format and .ruff.toml say.
+format: setup
+	@command -v clang-format >/dev/null || { echo 'make format wants clang-format: apt-get install clang-format' >&2; exit 1; }
+	clang-format -i $(FORMATTED)
+	$(PYTHON) -m ruff format data dev scripts
 
 clean:
 	rm -rf build

@@ -13,6 +13,7 @@
 #include "llmc/dataloader.h"     // TrainLoader, ValLoader
 #include "llmc/gpt2.cuh"         // Gpt2
 #include "llmc/gpu.cuh"          // Gpu, kPrecisionName
+#include "llmc/interrupt.h"      // catch_interrupts, interrupt_signal
 #include "llmc/logger.h"         // Logger, record
 #include "llmc/memory_plan.cuh"  // plan_memory, print_memory_plan, check_memory
 #include "llmc/optimizer.cuh"    // Optimizer
@@ -94,7 +95,9 @@ struct Run {
     Trainer trainer{model, optimizer, {train_data.micro_steps(), o.grad_clip, o.graph}, gpu};
     Screen screen{updates_of(o)};
     int64_t applied = 0, skipped_in_a_row = 0;
+    bool diverged = false;  // too many skipped in a row
     std::string skip_text = "";
+    std::vector<double> step_ms = {};
 
     void load_or_initialise();
     void log_head(Json run);
@@ -102,8 +105,8 @@ struct Run {
     void sample(int64_t step);
     void save(int64_t step);
     void tell(const StepResult& result);
-    bool diverged() const { return skipped_in_a_row >= kMaxSkippedInARow; }
     int profile();
+    void tell_speed();
     int finish(int64_t step);
 };
 
@@ -198,6 +201,7 @@ void Run::tell(const StepResult& result) {
     const StepState& state = result.state;
     if (!state.apply()) {
         skipped_in_a_row++;
+        diverged = diverged || skipped_in_a_row >= kMaxSkippedInARow;
         skip_text = skip_reason(state.skip);
         logger.write(record("skip").add("step", result.step).add("reason", skip_text));
         screen.message("step %lld skipped: %s", static_cast<long long>(result.step), skip_text.c_str());
@@ -217,6 +221,7 @@ void Run::tell(const StepResult& result) {
                             .tokens_per_second = static_cast<double>(o.total_batch) / (result.step_ms * 1e-3)};
     logger.write(train_record(report));
     screen.step(report);
+    step_ms.push_back(result.step_ms);
 }
 
 // The updates of --profile, then its table. The model is not saved. Returns the program's exit status.
@@ -244,12 +249,34 @@ int Run::profile() {
     return 0;
 }
 
+// The median update's time and speed and, where the GPU's peak is known, the MFU.
+void Run::tell_speed() {
+    if (step_ms.empty()) return;
+    std::nth_element(step_ms.begin(), step_ms.begin() + step_ms.size() / 2, step_ms.end());
+    const double ms = step_ms[step_ms.size() / 2], tokens_per_second = static_cast<double>(o.total_batch) / (ms * 1e-3);
+    const ModelShape& s = config.shape;
+    const double flops_per_token = 6.0 * static_cast<double>(model.table.parameters()) +
+                                   6.0 * s.layers * static_cast<double>(s.channels) * o.seq_len;
+    const double peak = gpu.peak_bf16_flops();
+    std::string mfu;
+    if (peak > 0)
+        mfu = text_of(", MFU %.1f%% of %.0f TFLOP/s by 6 N + 6 L C T", 100 * tokens_per_second * flops_per_token / peak,
+                      peak * 1e-12);
+    screen.message("median update %.1f ms, %s tokens/s%s", ms, short_count(tokens_per_second).c_str(), mfu.c_str());
+}
+
 // The last records, and the program's exit status. A run that diverged, or applied nothing, fails; its weights, which
-// are those of the last applied update, are saved all the same.
+// are those of the last applied update, are saved all the same. So are those of a run that a signal ended.
 int Run::finish(int64_t step) {
     save(step);
-    const bool failed = diverged() || applied == 0;
-    logger.write(record("end").add("step", step).add("status", failed ? "diverged" : "finished"));
+    tell_speed();
+    const int signal = step < o.steps && !diverged ? interrupt_signal() : 0;
+    const bool failed = diverged || (applied == 0 && signal == 0);
+    logger.write(record("end").add("step", step)
+                     .add("status", failed ? "diverged" : signal ? "interrupted" : "finished"));
+    if (signal) screen.message("interrupted at step %lld of %lld", static_cast<long long>(step),
+                               static_cast<long long>(o.steps));
+    if (signal) return 128 + signal;
     if (failed)
         fatal("step %lld: %lld updates in a row were skipped, the last since %s; the weights of the last applied update "
               "are saved; a lower --learning-rate or --grad-clip, or a longer warm-up, may help",
@@ -269,20 +296,21 @@ int main(int argc, char** argv) {
     Run run{o, gpu, config};
     run.load_or_initialise();
     run.log_head(run_record(argc, argv, o, kBuildCommit));
+    catch_interrupts();
     if (o.profile > 0) return run.profile();
 
     int64_t step = 0;  // updates done
     for (;; step++) {
-        const bool last = step == o.steps || run.diverged();
+        const bool last = step == o.steps, stop = last || run.diverged || interrupt_signal();
         const bool validate = run.val_data && (last || (o.val_every > 0 && step % o.val_every == 0));
         const bool sample = run.tokenizer && (last || (step > 0 && step % o.sample_every == 0));
 
         // Once in a while: look at the model. What the last update did is told first, so that the log is in order.
-        if (validate || sample || last)
+        if (validate || sample || stop)
             if (const auto result = run.trainer.flush()) run.tell(*result);
         if (validate) run.validate(step);
         if (sample) run.sample(step);
-        if (last) break;
+        if (stop) break;
 
         // An update goes onto the GPU's stream; by then it is known what the one before did.
         const double learning_rate = scheduled_learning_rate(o, step + 1);

@@ -3,9 +3,9 @@
     python dev/run_tests.py [--jobs N] [--only WORD] NAME=COMMAND...
 
 A command's own count is read from its output: "N passed, N failed" of our programs, GoogleTest's and pytest's
-summaries. A command that exits non-zero without a count of failures, dies of a signal, runs over its time or
-tests nothing counts as one failure. The output of a failing command is shown whole, that of the others is
-kept in build/test-logs/.
+summaries; one that prints "skipped: WHY" last counts as skipped. A command that exits non-zero without a
+count of failures, dies of a signal, runs over its time or tests nothing counts as one failure. The output of
+a failing command is shown whole, that of the others is kept in build/test-logs/.
 """
 
 import argparse
@@ -38,6 +38,7 @@ class Result:
     name: str
     passed: int
     failed: int
+    skipped: bool
     seconds: float
     why: str
     output: str
@@ -76,13 +77,16 @@ def run(name: str, command: str) -> Result:
     passed, failed = count(output)
     if not why and process.returncode != 0 and failed == 0:
         why = f"exit status {process.returncode}"
-    if not why and passed + failed == 0:
+    skipped = not why and passed + failed == 0 and output.strip().split("\n")[-1].startswith("skipped: ")
+    if skipped:
+        why = output.strip().split("\n")[-1]
+    elif not why and passed + failed == 0:
         why = "tested nothing"
-    if why:
+    if why and not skipped:
         failed += 1
     LOGS.mkdir(parents=True, exist_ok=True)
     (LOGS / f"{name.replace('/', '-')}.txt").write_text(output)
-    return Result(name, passed, failed, time.monotonic() - begin, why, output)
+    return Result(name, passed, failed, skipped, time.monotonic() - begin, why, output)
 
 
 def main() -> int:
@@ -105,7 +109,7 @@ def main() -> int:
             results.append(result)
             if result.failed:
                 print(result.output, end="" if result.output.endswith("\n") else "\n")
-            status = "ok  " if result.failed == 0 else "FAIL"
+            status = "FAIL" if result.failed else "skip" if result.skipped else "ok  "
             print(
                 f"[{done}/{len(tests)}] {status} {result.name:44} "
                 f"{result.passed:5} passed {result.failed:3} failed "
@@ -117,7 +121,8 @@ def main() -> int:
             print(f"FAIL {result.name} {result.why}")
     print(f"{time.monotonic() - begin:.0f} s")
     passed, failed = sum(r.passed for r in results), sum(r.failed for r in results)
-    print(f"{passed} passed, {failed} failed")
+    skipped = sum(r.skipped for r in results)
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     return 0 if failed == 0 and passed > 0 else 1
 
 
