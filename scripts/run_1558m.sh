@@ -9,8 +9,8 @@
 #   time         215 hours on one H100 at 40% of its 989 TFLOP/s: $537 at $2.50 an hour
 #
 # The share of the peak and the price are assumptions, not measurements; MFU=0.5 PRICE=3
-# scripts/run_1558m.sh --dry-run computes with yours. Nine days on one GPU, and the model is saved at the
-# end only: an interrupted run starts again from nothing. As it stands this is for measuring memory and
+# scripts/run_1558m.sh --dry-run computes with yours. Nine days on one GPU, and a run that ends early
+# saves its weights but can't be resumed. As it stands this is for measuring memory and
 # speed and for short runs (--steps 1000: seven hours), not for the whole. 16 sequences fit 80 GB with both
 # optimizers; on 141 GB take --batch-size 32. 20 tokens a parameter is a common budget (Hoffmann et al.
 # 2022), and three times OpenWebText: FineWeb. AdamW's rate is that of Brown et al. 2020, table 2.1, for

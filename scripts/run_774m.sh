@@ -9,8 +9,8 @@
 #   time         53.6 hours on one H100 at 40% of its 989 TFLOP/s: $134 at $2.50 an hour
 #
 # The share of the peak and the price are assumptions, not measurements; MFU=0.5 PRICE=3 scripts/run_774m.sh
-# --dry-run computes with yours. More than two days on one GPU, and the model is saved at the end only: an
-# interrupted run starts again from nothing. Begin with a shorter one (--steps 3000). 20 tokens a parameter
+# --dry-run computes with yours. More than two days on one GPU, and a run that ends early saves its
+# weights but can't be resumed. Begin with a shorter one (--steps 3000). 20 tokens a parameter
 # is a common budget (Hoffmann et al. 2022), and more than OpenWebText's 9.0 billion: FineWeb, or a second
 # pass. AdamW's rate is that of Brown et al. 2020, table 2.1, for 760M. SGD-SaI's is where to begin,
 # untuned: see run_124m.sh.

@@ -1,5 +1,5 @@
-// bf16 for g++, bit for bit as the GPU converts: to nearest, ties to even; every NaN becomes 0x7fff; infinities,
-// subnormals and the sign of zero are kept. Arithmetic is not here: kernels compute in float.
+// bf16 for g++, bit for bit as the GPU converts: to nearest, ties to even; every NaN becomes 0x7fff;
+// infinities, subnormals and the sign of zero are kept. Arithmetic is not here: kernels compute in float.
 #pragma once
 #include <bit>
 #include <cstdint>
@@ -33,11 +33,19 @@ struct __nv_bfloat16_raw {
 inline constexpr __nv_bfloat16 __float2bfloat16(float f) { return __nv_bfloat16(f); }
 inline constexpr __nv_bfloat16 __float2bfloat16_rn(float f) { return __nv_bfloat16(f); }
 inline constexpr float __bfloat162float(__nv_bfloat16 b) { return static_cast<float>(b); }
-inline constexpr __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__nv_bfloat16(x), __nv_bfloat16(y)}; }
-inline constexpr __nv_bfloat162 __float22bfloat162_rn(float2 v) { return {__nv_bfloat16(v.x), __nv_bfloat16(v.y)}; }
-inline constexpr float2 __bfloat1622float2(__nv_bfloat162 v) { return {static_cast<float>(v.x), static_cast<float>(v.y)}; }
+inline constexpr __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+    return {__nv_bfloat16(x), __nv_bfloat16(y)};
+}
+inline constexpr __nv_bfloat162 __float22bfloat162_rn(float2 v) {
+    return {__nv_bfloat16(v.x), __nv_bfloat16(v.y)};
+}
+inline constexpr float2 __bfloat1622float2(__nv_bfloat162 v) {
+    return {static_cast<float>(v.x), static_cast<float>(v.y)};
+}
 inline constexpr float __low2float(__nv_bfloat162 v) { return static_cast<float>(v.x); }
 inline constexpr float __high2float(__nv_bfloat162 v) { return static_cast<float>(v.y); }
 inline constexpr __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
 inline constexpr unsigned short __bfloat16_as_ushort(__nv_bfloat16 b) { return b.bits; }
-inline constexpr __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return std::bit_cast<__nv_bfloat16>(bits); }
+inline constexpr __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) {
+    return std::bit_cast<__nv_bfloat16>(bits);
+}

@@ -1,9 +1,10 @@
-// The part of CUDA's runtime that this project calls, for g++: a GPU that is a CPU, and a strict one. What is missing
-// here fails to compile. See README.md beside this file for what it promises and checks.
+// The part of CUDA's runtime that this project calls, for g++: a GPU that is a CPU, and a strict one. What is
+// missing here fails to compile. See README.md beside this file for what it promises and checks.
 //
-// Settings, all of the environment: SIM_THREADS (cores used, default all; results have the same bits for any number),
-// SIM_MEMORY_BYTES (device memory), SIM_ARCH (80 or 90), SIM_LATE=1 (a stream's work runs when something waits for it),
-// SIM_SHUFFLE=seed (threads, warps and blocks in another order), SIM_TIMEOUT_S (of a kernel without progress).
+// Settings, all of the environment: SIM_THREADS (cores used, default all; results have the same bits for any
+// number), SIM_MEMORY_BYTES (device memory), SIM_ARCH (80 or 90), SIM_LATE=1 (a stream's work runs when
+// something waits for it), SIM_SHUFFLE=seed (threads, warps and blocks in another order), SIM_TIMEOUT_S (of a
+// kernel without progress).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -15,7 +16,7 @@
 #include "fibers.h"
 #include "types.h"
 
-// ---- types ------------------------------------------------------------------------------------------------------------
+// ---- types ------------------------------------------------------------------------------------------------
 
 enum cudaError_t {  // values and names as CUDA's
     cudaSuccess = 0,
@@ -110,7 +111,7 @@ struct cudaLaunchConfig_t {
     unsigned numAttrs = 0;
 };
 
-// ---- device and errors ------------------------------------------------------------------------------------------------
+// ---- device and errors ------------------------------------------------------------------------------------
 
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaGetDevice(int* device);
@@ -126,7 +127,7 @@ cudaError_t cudaPeekAtLastError();
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);
 
-// ---- memory -----------------------------------------------------------------------------------------------------------
+// ---- memory -----------------------------------------------------------------------------------------------
 
 cudaError_t cudaMalloc(void** p, size_t bytes, sim::Where where = sim::Where::current());
 cudaError_t cudaFree(void* p, sim::Where where = sim::Where::current());
@@ -146,11 +147,12 @@ cudaError_t cudaHostAlloc(T** p, size_t bytes, unsigned, sim::Where where = sim:
 }
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes);
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = nullptr);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream = nullptr);
 cudaError_t cudaMemset(void* p, int byte, size_t bytes);
 cudaError_t cudaMemsetAsync(void* p, int byte, size_t bytes, cudaStream_t stream = nullptr);
 
-// ---- streams, events, graphs ------------------------------------------------------------------------------------------
+// ---- streams, events, graphs ------------------------------------------------------------------------------
 
 cudaError_t cudaStreamCreate(cudaStream_t* stream);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
@@ -173,12 +175,12 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 
-// ---- kernels ----------------------------------------------------------------------------------------------------------
+// ---- kernels ----------------------------------------------------------------------------------------------
 
 namespace sim {
 
-// Work of a stream, for the libraries that stand on this runtime: ordered, late and captured as a kernel is. `name` is a
-// literal, for messages.
+// Work of a stream, for the libraries that stand on this runtime: ordered, late and captured as a kernel is.
+// `name` is a literal, for messages.
 cudaError_t enqueue(cudaStream_t stream, const char* name, std::function<void()> work);
 
 // f(0) .. f(n - 1), each once, on the pool's cores; returns when all are done. Not from inside a kernel.
@@ -203,18 +205,21 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, T* kernel) {
     return sim::get_attributes(attributes, reinterpret_cast<const void*>(kernel));
 }
 template <class T>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T kernel, int threads, size_t shared_bytes) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T kernel, int threads,
+                                                          size_t shared_bytes) {
     return sim::occupancy(blocks, reinterpret_cast<const void*>(kernel), threads, shared_bytes);
 }
 
 // Arguments are copied now, as CUDA does, whenever the kernel runs.
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
     struct Call {
         void (*kernel)(Parameters...);
         std::tuple<Parameters...> arguments;
     };
-    auto call = std::make_shared<const Call>(Call{kernel, {static_cast<Parameters>(std::forward<Arguments>(arguments))...}});
+    auto call = std::make_shared<const Call>(
+        Call{kernel, {static_cast<Parameters>(std::forward<Arguments>(arguments))...}});
     auto thread = [](const void* p) {
         const Call& c = *static_cast<const Call*>(p);
         std::apply(c.kernel, c.arguments);

@@ -26,7 +26,8 @@ uint64_t number_from_environment(const char* name, uint64_t otherwise) {
 
 Settings read_settings() {
     Settings s{};
-    s.threads = static_cast<int>(number_from_environment("SIM_THREADS", std::max(1u, std::thread::hardware_concurrency())));
+    s.threads = static_cast<int>(
+        number_from_environment("SIM_THREADS", std::max(1u, std::thread::hardware_concurrency())));
     s.arch = static_cast<int>(number_from_environment("SIM_ARCH", 90));
     s.memory_bytes = number_from_environment("SIM_MEMORY_BYTES", size_t{16} << 30);
     s.late = number_from_environment("SIM_LATE", 0) != 0;
@@ -56,7 +57,8 @@ size_t shared_allowed(const void* kernel) {
 }
 
 bool fits(dim3 size, const unsigned (&limit)[3]) {
-    return size.x >= 1 && size.y >= 1 && size.z >= 1 && size.x <= limit[0] && size.y <= limit[1] && size.z <= limit[2];
+    return size.x >= 1 && size.y >= 1 && size.z >= 1 && size.x <= limit[0] && size.y <= limit[1] &&
+           size.z <= limit[2];
 }
 
 }  // namespace
@@ -108,7 +110,8 @@ cudaError_t occupancy(int* blocks, const void* kernel, int threads, size_t share
     if (threads < 1 || threads > static_cast<int>(kMaxThreads)) return set_error(cudaErrorInvalidValue);
     cudaDeviceProp p;
     cudaGetDeviceProperties(&p, 0);
-    *blocks = std::min(p.maxThreadsPerMultiProcessor / ((threads + 31) / 32 * 32), p.maxBlocksPerMultiProcessor);
+    *blocks =
+        std::min(p.maxThreadsPerMultiProcessor / ((threads + 31) / 32 * 32), p.maxBlocksPerMultiProcessor);
     const size_t each = shared_bytes + p.reservedSharedMemPerBlock;
     *blocks = std::min(*blocks, static_cast<int>(p.sharedMemPerMultiprocessor / each));
     if (shared_bytes > shared_allowed(kernel)) *blocks = 0;
@@ -134,7 +137,9 @@ cudaError_t cudaGetDevice(int* device) {
     *device = 0;
     return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : set_error(cudaErrorInvalidDevice); }
+cudaError_t cudaSetDevice(int device) {
+    return device == 0 ? cudaSuccess : set_error(cudaErrorInvalidDevice);
+}
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     if (device != 0) return set_error(cudaErrorInvalidDevice);
@@ -153,7 +158,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     p->maxThreadsPerBlock = kMaxThreads;
     p->maxThreadsPerMultiProcessor = 2048;
     p->maxBlocksPerMultiProcessor = 32;
-    for (int i = 0; i < 3; i++) p->maxThreadsDim[i] = static_cast<int>(kMaxBlock[i]), p->maxGridSize[i] = static_cast<int>(kMaxGrid[i]);
+    for (int i = 0; i < 3; i++)
+        p->maxThreadsDim[i] = static_cast<int>(kMaxBlock[i]),
+        p->maxGridSize[i] = static_cast<int>(kMaxGrid[i]);
     p->regsPerBlock = p->regsPerMultiprocessor = 65536;
     p->l2CacheSize = (ampere ? 40 : 50) << 20;
     p->concurrentKernels = 1;
@@ -169,8 +176,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
         case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; return cudaSuccess;
         case cudaDevAttrComputeCapabilityMajor: *value = p.major; return cudaSuccess;
         case cudaDevAttrComputeCapabilityMinor: *value = p.minor; return cudaSuccess;
-        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = static_cast<int>(p.sharedMemPerMultiprocessor); return cudaSuccess;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(p.sharedMemPerBlockOptin); return cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+            *value = static_cast<int>(p.sharedMemPerMultiprocessor);
+            return cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            *value = static_cast<int>(p.sharedMemPerBlockOptin);
+            return cudaSuccess;
     }
     return set_error(cudaErrorInvalidValue);
 }
@@ -191,7 +202,8 @@ struct ErrorText {
     cudaError_t error;
     const char *name, *text;
 };
-#define SIM_ERROR(name, text) {name, #name, text}
+#define SIM_ERROR(name, text) \
+    { name, #name, text }
 constexpr ErrorText kErrors[] = {
     SIM_ERROR(cudaSuccess, "no error"),
     SIM_ERROR(cudaErrorInvalidValue, "invalid argument"),
@@ -211,8 +223,10 @@ constexpr ErrorText kErrors[] = {
     SIM_ERROR(cudaErrorStreamCaptureUnmatched, "capture was not ended in the same stream as it began"),
     SIM_ERROR(cudaErrorStreamCaptureUnjoined, "capturing stream has unjoined work"),
     SIM_ERROR(cudaErrorStreamCaptureIsolation, "dependency created on uncaptured work in another stream"),
-    SIM_ERROR(cudaErrorStreamCaptureImplicit, "operation would make the legacy stream depend on a capturing blocking stream"),
-    SIM_ERROR(cudaErrorCapturedEvent, "operation not permitted on an event last recorded in a capturing stream"),
+    SIM_ERROR(cudaErrorStreamCaptureImplicit,
+              "operation would make the legacy stream depend on a capturing blocking stream"),
+    SIM_ERROR(cudaErrorCapturedEvent,
+              "operation not permitted on an event last recorded in a capturing stream"),
 };
 #undef SIM_ERROR
 }  // namespace

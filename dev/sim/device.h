@@ -1,4 +1,5 @@
-// CUDA's device functions for g++: barriers, warp words, atomics, cached loads, arithmetic. Included by <cuda_runtime.h>.
+// CUDA's device functions for g++: barriers, warp words, atomics, cached loads, arithmetic. Included by
+// <cuda_runtime.h>.
 #pragma once
 #include <math.h>
 #include <bit>
@@ -6,7 +7,7 @@
 #include <type_traits>
 #include "fibers.h"
 
-// ---- barriers ---------------------------------------------------------------------------------------------------------
+// ---- barriers ---------------------------------------------------------------------------------------------
 
 SIM_QUIET inline void __syncthreads(sim::Where where = sim::Where::current()) {
     sim::barrier("__syncthreads", 0, sim::worker->threads, where);
@@ -16,14 +17,15 @@ SIM_QUIET inline void __syncwarp(unsigned mask = 0xffffffffu, sim::Where where =
     const uint32_t bit = 1u << sim::worker->lane;
     if (mask & bit) mask &= warp.exists & ~warp.exited;  // it alone may name lanes that are gone
     sim::meet("__syncwarp", mask, where, [mask](sim::Exchange&) {
-        if (sim::race_on) [[unlikely]] sim::race_warp_ordered(mask);
+        if (sim::race_on) [[unlikely]]
+            sim::race_warp_ordered(mask);
     });
 }
 inline void __threadfence() { sim::fence(); }
 inline void __threadfence_block() { sim::fence(); }
 [[noreturn]] inline void __trap(sim::Where where = sim::Where::current()) { sim::fail(where, "__trap()"); }
 
-// ---- warp words -------------------------------------------------------------------------------------------------------
+// ---- warp words -------------------------------------------------------------------------------------------
 
 namespace sim {
 
@@ -56,7 +58,8 @@ SIM_QUIET inline T shuffle(const char* word, unsigned mask, T v, int source, Whe
 
 // Every lane of the mask gives 32 bits and gets reduce(mask, in).
 template <class Reduce>
-SIM_QUIET inline uint32_t warp_reduce(const char* word, unsigned mask, uint32_t v, Where where, Reduce reduce) {
+SIM_QUIET inline uint32_t warp_reduce(const char* word, unsigned mask, uint32_t v, Where where,
+                                      Reduce reduce) {
     const unsigned lane = worker->lane;
     Exchange& x = worker->warp->exchange;
     x.in[lane] = v;
@@ -72,24 +75,30 @@ SIM_QUIET inline uint32_t warp_reduce(const char* word, unsigned mask, uint32_t 
 
 }  // namespace sim
 
-// Segments of `width` lanes, a power of two (PTX ISA, shfl.sync): a source outside the segment gives one's own value.
+// Segments of `width` lanes, a power of two (PTX ISA, shfl.sync): a source outside the segment gives one's
+// own value.
 template <class T>
-inline T __shfl_sync(unsigned mask, T v, int source, int width = 32, sim::Where where = sim::Where::current()) {
+inline T __shfl_sync(unsigned mask, T v, int source, int width = 32,
+                     sim::Where where = sim::Where::current()) {
     const int lane = sim::worker->lane;
     return sim::shuffle("__shfl_sync", mask, v, (lane & ~(width - 1)) | (source & (width - 1)), where);
 }
 template <class T>
-inline T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32, sim::Where where = sim::Where::current()) {
+inline T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32,
+                         sim::Where where = sim::Where::current()) {
     const int lane = sim::worker->lane, source = lane ^ bits;
-    return sim::shuffle("__shfl_xor_sync", mask, v, source > (lane | (width - 1)) ? lane : source & 31, where);
+    return sim::shuffle("__shfl_xor_sync", mask, v, source > (lane | (width - 1)) ? lane : source & 31,
+                        where);
 }
 template <class T>
-inline T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32, sim::Where where = sim::Where::current()) {
+inline T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32,
+                        sim::Where where = sim::Where::current()) {
     const int lane = sim::worker->lane, source = lane - static_cast<int>(delta);
     return sim::shuffle("__shfl_up_sync", mask, v, source < (lane & ~(width - 1)) ? lane : source, where);
 }
 template <class T>
-inline T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32, sim::Where where = sim::Where::current()) {
+inline T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32,
+                          sim::Where where = sim::Where::current()) {
     const int lane = sim::worker->lane, source = lane + static_cast<int>(delta);
     return sim::shuffle("__shfl_down_sync", mask, v, source > (lane | (width - 1)) ? lane : source, where);
 }
@@ -99,22 +108,26 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, sim::Where where = s
                             [](uint32_t a, uint32_t b) { return a | b; });
 }
 inline int __any_sync(unsigned mask, int predicate, sim::Where where = sim::Where::current()) {
-    return sim::warp_reduce("__any_sync", mask, predicate != 0, where, [](uint32_t a, uint32_t b) { return a | b; });
+    return sim::warp_reduce("__any_sync", mask, predicate != 0, where,
+                            [](uint32_t a, uint32_t b) { return a | b; });
 }
 inline int __all_sync(unsigned mask, int predicate, sim::Where where = sim::Where::current()) {
-    return sim::warp_reduce("__all_sync", mask, predicate != 0, where, [](uint32_t a, uint32_t b) { return a & b; });
+    return sim::warp_reduce("__all_sync", mask, predicate != 0, where,
+                            [](uint32_t a, uint32_t b) { return a & b; });
 }
 inline unsigned __reduce_add_sync(unsigned mask, unsigned v, sim::Where where = sim::Where::current()) {
-    return sim::warp_reduce("__reduce_add_sync", mask, v, where, [](uint32_t a, uint32_t b) { return a + b; });
+    return sim::warp_reduce("__reduce_add_sync", mask, v, where,
+                            [](uint32_t a, uint32_t b) { return a + b; });
 }
 inline unsigned __reduce_max_sync(unsigned mask, unsigned v, sim::Where where = sim::Where::current()) {
-    return sim::warp_reduce("__reduce_max_sync", mask, v, where, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+    return sim::warp_reduce("__reduce_max_sync", mask, v, where,
+                            [](uint32_t a, uint32_t b) { return a > b ? a : b; });
 }
 inline int __reduce_add_sync(unsigned mask, int v, sim::Where where = sim::Where::current()) {
     return static_cast<int>(__reduce_add_sync(mask, static_cast<unsigned>(v), where));
 }
 
-// ---- atomics: relaxed, on device or shared memory ---------------------------------------------------------------------
+// ---- atomics: relaxed, on device or shared memory ---------------------------------------------------------
 
 namespace sim {
 template <class T, class Change>
@@ -124,19 +137,16 @@ inline T atomic_change(T* p, Change change) {
     Bits* bits = reinterpret_cast<Bits*>(p);
     Bits old = __atomic_load_n(bits, __ATOMIC_RELAXED);
     while (!__atomic_compare_exchange_n(bits, &old, std::bit_cast<Bits>(change(std::bit_cast<T>(old))), true,
-                                        __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
+                                        __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
     return std::bit_cast<T>(old);
 }
 }  // namespace sim
 
 template <class T>
-    requires std::is_arithmetic_v<T>
+requires std::is_arithmetic_v<T>
 inline T atomicAdd(T* p, std::type_identity_t<T> v) {
-    if constexpr (std::is_integral_v<T>)
-        return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
-    else
-        return sim::atomic_change(p, [v](T old) { return old + v; });
+    if constexpr (std::is_integral_v<T>) return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
+    else return sim::atomic_change(p, [v](T old) { return old + v; });
 }
 template <class T>
 inline T atomicMax(T* p, std::type_identity_t<T> v) {
@@ -163,14 +173,14 @@ inline unsigned atomicInc(unsigned* p, unsigned limit) {
     return sim::atomic_change(p, [limit](unsigned old) { return old >= limit ? 0u : old + 1; });
 }
 
-// ---- loads and stores with a cache hint -------------------------------------------------------------------------------
+// ---- loads and stores with a cache hint -------------------------------------------------------------------
 
 namespace sim {
 template <class T>
 inline void check_aligned(const T* p, const char* word, Where where) {
     if (reinterpret_cast<uintptr_t>(p) % alignof(T)) [[unlikely]]
-        fail(where, "%s of %zu bytes at %p, which is not a multiple of %zu", word, sizeof(T), static_cast<const void*>(p),
-             alignof(T));
+        fail(where, "%s of %zu bytes at %p, which is not a multiple of %zu", word, sizeof(T),
+             static_cast<const void*>(p), alignof(T));
 }
 }  // namespace sim
 
@@ -180,11 +190,11 @@ inline void check_aligned(const T* p, const char* word, Where where) {
         sim::check_aligned(p, #name, where);                              \
         return *p;                                                        \
     }
-#define SIM_CACHED_STORE(name)                                                                        \
-    template <class T>                                                                                \
-    inline void name(T* p, std::type_identity_t<T> v, sim::Where where = sim::Where::current()) {     \
-        sim::check_aligned(p, #name, where);                                                          \
-        *p = v;                                                                                       \
+#define SIM_CACHED_STORE(name)                                                                    \
+    template <class T>                                                                            \
+    inline void name(T* p, std::type_identity_t<T> v, sim::Where where = sim::Where::current()) { \
+        sim::check_aligned(p, #name, where);                                                      \
+        *p = v;                                                                                   \
     }
 SIM_CACHED_LOAD(__ldg)
 SIM_CACHED_LOAD(__ldcs)
@@ -196,7 +206,7 @@ SIM_CACHED_STORE(__stwt)
 #undef SIM_CACHED_LOAD
 #undef SIM_CACHED_STORE
 
-// ---- arithmetic -------------------------------------------------------------------------------------------------------
+// ---- arithmetic -------------------------------------------------------------------------------------------
 
 // The GPU's fast forms have a few ulp more error than these; no test may rely on either.
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
@@ -240,8 +250,8 @@ inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b)
     return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
 }
 
-#define SIM_MIN_MAX(T)                                                    \
-    inline constexpr T min(T a, T b) { return b < a ? b : a; }            \
+#define SIM_MIN_MAX(T)                                         \
+    inline constexpr T min(T a, T b) { return b < a ? b : a; } \
     inline constexpr T max(T a, T b) { return a < b ? b : a; }
 SIM_MIN_MAX(int)
 SIM_MIN_MAX(unsigned)

@@ -1,5 +1,5 @@
-// What no rule of the simulator catches itself: a wild pointer, a stack that is too deep, an endless loop, a finding of
-// AddressSanitizer or UBSan. Each is given the kernel, the block and the thread it happened in.
+// What no rule of the simulator catches itself: a wild pointer, a stack that is too deep, an endless loop, a
+// finding of AddressSanitizer or UBSan. Each is given the kernel, the block and the thread it happened in.
 #include <dlfcn.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -41,8 +41,10 @@ void watch_progress() {
             one.idle_s = running && progress == one.progress ? one.idle_s + kPeriod_s : 0;
             one.progress = progress;
             if (one.idle_s > settings().timeout_s)
-                stop("%s: for %.0f s no thread of this block has reached a barrier or returned: an endless loop? (SIM_TIMEOUT_S)",
-                     thread_of(*one.worker).c_str(), one.idle_s);
+                stop(
+                    "%s: for %.0f s no thread of this block has reached a barrier or returned: an endless "
+                    "loop? (SIM_TIMEOUT_S)",
+                    thread_of(*one.worker).c_str(), one.idle_s);
         }
     }
 }
@@ -52,12 +54,13 @@ void watch_progress() {
 void name_thread() {
     const std::string who = running_thread();
     if (who.empty() && !__asan_report_present()) return;
-    const std::string what = __asan_report_present() ? describe_address(__asan_get_report_address()) : "see above";
+    const std::string what =
+        __asan_report_present() ? describe_address(__asan_get_report_address()) : "see above";
     dprintf(STDERR_FILENO, "simulator: %s: %s\n", who.empty() ? "host code" : who.c_str(), what.c_str());
 }
 #else
-// On its own stack, for the fiber's may be what overflowed. It takes locks and memory, which a signal handler should not;
-// the process ends here in any case, by the alarm at the latest.
+// On its own stack, for the fiber's may be what overflowed. It takes locks and memory, which a signal handler
+// should not; the process ends here in any case, by the alarm at the latest.
 void name_fault(int signal, siginfo_t* info, void*) {
     struct sigaction otherwise {};
     otherwise.sa_handler = SIG_DFL;
@@ -65,15 +68,19 @@ void name_fault(int signal, siginfo_t* info, void*) {
     sigaction(SIGALRM, &otherwise, nullptr);
     alarm(10);
     const std::string who = running_thread();
-    const char* kind = signal == SIGFPE ? "division by zero" : signal == SIGILL ? "illegal instruction" : "bad access";
+    const char* kind = signal == SIGFPE   ? "division by zero"
+                       : signal == SIGILL ? "illegal instruction"
+                                          : "bad access";
     const std::string where = describe_address(info->si_addr);
     if (worker && worker->launch) {
         const Fiber& f = *worker->current;
         const auto* p = static_cast<const unsigned char*>(info->si_addr);
         if (p < f.stack && p >= f.stack - 4096)
-            stop("%s: stack overflow: local variables and calls need more than %zu bytes", who.c_str(), f.stack_bytes);
+            stop("%s: stack overflow: local variables and calls need more than %zu bytes", who.c_str(),
+                 f.stack_bytes);
         // A misaligned vector access faults without an address.
-        stop("%s: %s to %s, address %p (CHECK=memory finds the line)", who.c_str(), kind, where.c_str(), info->si_addr);
+        stop("%s: %s to %s, address %p (CHECK=memory finds the line)", who.c_str(), kind, where.c_str(),
+             info->si_addr);
     }
     if (where.find("allocated") != std::string::npos) stop("host code: %s to %s", kind, where.c_str());
     raise(signal);
@@ -91,7 +98,8 @@ void watch(Worker& w) {
         // UBSan's library has a list of its own.
         using SetCallback = void (*)(void (*)());
         if (void* library = dlopen("libubsan.so.1", RTLD_LAZY | RTLD_NOLOAD))
-            if (auto set = reinterpret_cast<SetCallback>(dlsym(library, "__sanitizer_set_death_callback"))) set(name_thread);
+            if (auto set = reinterpret_cast<SetCallback>(dlsym(library, "__sanitizer_set_death_callback")))
+                set(name_thread);
 #else
         struct sigaction action {};
         action.sa_sigaction = name_fault;

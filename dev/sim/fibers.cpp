@@ -51,10 +51,12 @@ Fiber* new_fiber(Worker& w) {
     }
     static std::atomic<unsigned> count{0};
     const size_t total = kGuardBytes + kStackBytes;
-    void* memory = mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) stop("no memory for the stack of one more simulated thread");
     mprotect(memory, kGuardBytes, PROT_NONE);  // where the system has no more guards to give, there is none
-    // Stacks that begin at the same offset of a page would share the same few cache sets: spread them over 64 lines.
+    // Stacks that begin at the same offset of a page would share the same few cache sets: spread them over 64
+    // lines.
     const size_t colour = count++ * 576 % 4096;
     auto* f = new Fiber;
     f->stack = static_cast<unsigned char*>(memory) + kGuardBytes;
@@ -124,7 +126,8 @@ void run_threads() {
         warp.exited |= bit;
         w.live--;
         w.progress++;
-        if (warp.open) [[unlikely]] leave_meetings(w, warp, bit);
+        if (warp.open) [[unlikely]]
+            leave_meetings(w, warp, bit);
         Warp* next = &warp;
         unsigned lane = w.lane + 1;
         if (warp.ready || w.shuffle || lane == 32 || !(warp.unstarted >> lane & 1)) {
@@ -197,8 +200,9 @@ std::string group_text(const Worker& w, unsigned count, unsigned first_thread, c
             const Meeting& meeting = warp.meetings[m];
             char mask[32];
             snprintf(mask, sizeof(mask), " with mask %08x", meeting.mask);
-            text += group_text(w, __builtin_popcount(meeting.arrived), warp.first_thread + __builtin_ctz(meeting.arrived),
-                               std::string("wait at ") + meeting.word + mask + " (" + where_text(meeting.where) + ")");
+            text += group_text(
+                w, __builtin_popcount(meeting.arrived), warp.first_thread + __builtin_ctz(meeting.arrived),
+                std::string("wait at ") + meeting.word + mask + " (" + where_text(meeting.where) + ")");
         }
     }
     for (const Barrier& b : w.barriers) {
@@ -206,8 +210,8 @@ std::string group_text(const Worker& w, unsigned count, unsigned first_thread, c
         unsigned first = 0;
         while (!(b.waiting[first / 32] >> first % 32 & 1)) first++;
         text += group_text(w, b.arrived, first,
-                           std::string("wait at ") + b.word + " for " + std::to_string(b.expected) + " threads (" +
-                               where_text(b.where) + ")");
+                           std::string("wait at ") + b.word + " for " + std::to_string(b.expected) +
+                               " threads (" + where_text(b.where) + ")");
     }
     if (exited) text += group_text(w, exited, first_exited, "returned");
     stop("%s: the block is stuck: %s", block_text(w).c_str(), text.c_str() + 2);
@@ -238,7 +242,9 @@ void check_canary(const Worker& w) {
 
 }  // namespace
 
-std::string thread_of(const Worker& w) { return block_text(w) + ", thread " + thread_text(w, w.current->thread); }
+std::string thread_of(const Worker& w) {
+    return block_text(w) + ", thread " + thread_text(w, w.current->thread);
+}
 
 std::string running_thread() { return worker && worker->launch ? thread_of(*worker) : ""; }
 
@@ -269,19 +275,24 @@ Meeting& join_meeting(const char* word, uint32_t mask, Where where) {
     Worker& w = *worker;
     Warp& warp = *w.warp;
     const uint32_t bit = 1u << w.lane;
-    if (!(mask & bit)) fail(where, "%s with mask %08x, which leaves out the lane that calls it, %u", word, mask, w.lane);
+    if (!(mask & bit))
+        fail(where, "%s with mask %08x, which leaves out the lane that calls it, %u", word, mask, w.lane);
     if (mask & ~warp.exists)
-        fail(where, "%s needs the lanes of mask %08x, but the block has %u threads, so that this warp has lanes %08x only",
+        fail(where,
+             "%s needs the lanes of mask %08x, but the block has %u threads, so that this warp has lanes "
+             "%08x only",
              word, mask, w.threads, warp.exists);
     if (mask & warp.exited)
-        fail(where, "%s needs the lanes of mask %08x, but lanes %08x have returned, thread %s the first of them", word, mask,
-             mask & warp.exited, thread_text(w, warp.first_thread + __builtin_ctz(mask & warp.exited)).c_str());
+        fail(where,
+             "%s needs the lanes of mask %08x, but lanes %08x have returned, thread %s the first of them",
+             word, mask, mask & warp.exited,
+             thread_text(w, warp.first_thread + __builtin_ctz(mask & warp.exited)).c_str());
     for (int i = 0; i < warp.open; i++) {
         Meeting& m = warp.meetings[i];
         if (m.mask != mask) continue;
         if (strcmp(m.word, word) == 0 && m.where.line() == where.line()) return m;
-        fail(where, "%s with mask %08x, while lanes %08x of that mask are at %s (%s): divergent code", word, mask, m.arrived,
-             m.word, where_text(m.where).c_str());
+        fail(where, "%s with mask %08x, while lanes %08x of that mask are at %s (%s): divergent code", word,
+             mask, m.arrived, m.word, where_text(m.where).c_str());
     }
     Meeting& m = warp.meetings[warp.open++];
     m = {word, mask, 0, where};
@@ -290,9 +301,11 @@ Meeting& join_meeting(const char* word, uint32_t mask, Where where) {
 
 Barrier& join_barrier(const char* word, int id, unsigned threads, Where where) {
     Worker& w = *worker;
-    if (id < 0 || id >= static_cast<int>(kMaxBarriers)) fail(where, "%s: barrier %d; there are 0 to 15", word, id);
+    if (id < 0 || id >= static_cast<int>(kMaxBarriers))
+        fail(where, "%s: barrier %d; there are 0 to 15", word, id);
     if (threads == 0 || threads > w.threads || (id != 0 && threads % 32))
-        fail(where, "%s: barrier of %u threads in a block of %u; wants a multiple of 32 up to that", word, threads, w.threads);
+        fail(where, "%s: barrier of %u threads in a block of %u; wants a multiple of 32 up to that", word,
+             threads, w.threads);
     Barrier& b = w.barriers[id];
     if (!b.arrived) {
         b.word = word;
@@ -302,8 +315,8 @@ Barrier& join_barrier(const char* word, int id, unsigned threads, Where where) {
         return b;
     }
     if (b.expected != threads)
-        fail(where, "%s %d for %u threads, while others wait there for %u (%s)", word, id, threads, b.expected,
-             where_text(b.where).c_str());
+        fail(where, "%s %d for %u threads, while others wait there for %u (%s)", word, id, threads,
+             b.expected, where_text(b.where).c_str());
     // __syncthreads must be reached by the whole block alike; bar.sync only by each warp alike.
     const bool alike = b.where.line() == where.line() && strcmp(b.word, word) == 0;
     if (!alike && (id == 0 || b.waiting[w.warp - w.warps]))
@@ -341,10 +354,8 @@ void switch_to_next() {
         jump(self, w.main);
         return;
     }
-    if (warp->unstarted >> lane & 1)
-        start_lane(w, *warp, lane, *new_fiber(w));
-    else
-        warp->ready &= ~(1u << lane);
+    if (warp->unstarted >> lane & 1) start_lane(w, *warp, lane, *new_fiber(w));
+    else warp->ready &= ~(1u << lane);
     resume(w, *warp, lane);
 }
 
@@ -360,7 +371,8 @@ void run_block(const Launch& launch, uint3 block) {
     gridDim = launch.grid;
     w.threads = w.live = launch.block.x * launch.block.y * launch.block.z;
     w.shuffle = settings().shuffle;
-    w.random = settings().seed ^ launch.number << 40 ^ (uint64_t{block.z} << 42) ^ (uint64_t{block.y} << 21) ^ block.x;
+    w.random = settings().seed ^ launch.number << 40 ^ (uint64_t{block.z} << 42) ^ (uint64_t{block.y} << 21) ^
+               block.x;
     const unsigned warps = (w.threads + 31) / 32;
     for (unsigned i = 0; i < warps; i++) {
         Warp& warp = w.warps[i];
@@ -381,7 +393,7 @@ void run_block(const Launch& launch, uint3 block) {
     if (w.live) report_stuck(w);
     check_canary(w);
     if (w.async_used) {  // copies that nobody waited for are nobody's
-        for (unsigned i = 0; i < w.threads; i++) w.async[i].clear();
+        for (unsigned i = 0; i < w.threads; i++) w.async[i].clear(), w.products[i].clear();
         w.async_used = false;
     }
     w.launch = nullptr;

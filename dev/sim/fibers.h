@@ -1,13 +1,13 @@
-// How a block runs: its threads are fibers on one OS thread, and a warp's lanes meet where CUDA makes them meet.
+// How a block runs: its threads are fibers on one OS thread; a warp's lanes meet where CUDA makes them meet.
 //
-// A thread that never meets another costs a function call: one fiber runs such threads one after the other. The first
-// thread that has to wait gives its fiber up, and the next thread begins on another one. A meeting point (a barrier, a
-// shuffle, a tensor-core word) is: leave your operands in the warp's Exchange, switch to the next lane; whoever comes
-// last does the work for all lanes, so that a warp costs one switch a lane. Lanes of a warp run one after the other,
-// which keeps their 32 stacks in the cache.
+// A thread that never meets another costs a function call: one fiber runs such threads one after the other.
+// The first thread that has to wait gives its fiber up, and the next thread begins on another one. A meeting
+// point (a barrier, a shuffle, a tensor-core word) is: leave your operands in the warp's Exchange, switch to
+// the next lane; whoever comes last does the work for all lanes, so that a warp costs one switch a lane.
+// Lanes of a warp run one after the other, which keeps their 32 stacks in the cache.
 //
-// All of it is also a checker: each meeting has a word, a mask and a place in the source, which must agree; where nobody
-// can go on, the block is stuck and report_stuck() says who waits for whom. Nothing here can hang.
+// All of it is also a checker: each meeting has a word, a mask and a place in the source, which must agree;
+// where nobody can go on, the block is stuck and report_stuck() says who waits for whom. Nothing can hang.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -28,7 +28,8 @@ namespace sim {
 using Where = std::source_location;
 
 inline constexpr unsigned kMaxWarps = 32, kMaxBarriers = 16;
-inline constexpr uint32_t kPoison = 0xfff1fff1u;  // fresh memory: a NaN as float, as bf16 and as double; absurd as int
+inline constexpr uint32_t kPoison =
+    0xfff1fff1u;  // fresh memory: a NaN as float, as bf16 and as double; absurd as int
 
 // A launched grid. `call` runs one thread: it calls the kernel with the arguments that `arguments` points to.
 struct Launch {
@@ -84,7 +85,8 @@ struct Barrier {
     uint32_t waiting[kMaxWarps];
 };
 
-// cp.async of one thread: copies in the order of their issue, `groups` holds how many copies each closed group ends at.
+// cp.async of one thread: copies in the order of their issue, `groups` holds how many copies each closed
+// group ends at.
 struct AsyncCopies {
     struct Copy {
         void* to;
@@ -100,6 +102,29 @@ struct AsyncCopies {
     }
 };
 
+// Warpgroup products of one thread: started, closed into a group, done at the wait. Until then the
+// accumulators that the kernel holds are poison, and their values lie here.
+struct WarpgroupProducts {
+    struct Product {
+        size_t sum;  // of `sums`
+        uint32_t a[4];
+        const unsigned char* left;  // the left operand's 64 rows, null where it is a
+        const unsigned char* tile;
+        int at;  // row, or column where transposed
+        bool transposed;
+        Where where;
+    };
+    struct Sum {
+        float (*held)[4];  // the kernel's
+        float values[8][4];
+    };
+    std::vector<Sum> sums;
+    std::vector<Product> products;
+    std::vector<size_t> group_ends;  // how many of `products` each closed group ends at
+    bool fenced = false;   // since the last wait
+    void clear() { *this = {}; }
+};
+
 // What one OS thread needs to run blocks; there is one for each core of the pool, and one for the caller.
 struct Worker {
     const Launch* launch = nullptr;  // null while no kernel runs
@@ -107,7 +132,7 @@ struct Worker {
     unsigned lane = 0;
     Fiber* current = nullptr;
     bool shuffle = false;
-    bool async_used = false;  // a thread of this block has issued a cp.async
+    bool async_used = false;   // a thread of this block has issued a cp.async
     uint32_t ready_warps = 0;  // warps with a lane that is ready or unstarted
     unsigned threads = 0, live = 0;
     uint3 block{};
@@ -119,16 +144,18 @@ struct Worker {
     Warp warps[kMaxWarps];
     Barrier barriers[kMaxBarriers];
     AsyncCopies async[kMaxWarps * 32];
+    WarpgroupProducts products[kMaxWarps * 32];
 };
 inline constinit thread_local Worker* worker = nullptr;
 
-// ---- slow paths, fibers.cpp -------------------------------------------------------------------------------------------
+// ---- slow paths, fibers.cpp -------------------------------------------------------------------------------
 
 // Ends the process with one line: kernel, block, thread, what is wrong, and where in the source.
 [[noreturn]] void fail(Where where, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
-Meeting& join_meeting(const char* word, uint32_t mask, Where where);  // checks, and finds or opens the meeting
-void switch_to_next();                                                // another warp, an unstarted lane, or the end
+Meeting& join_meeting(const char* word, uint32_t mask,
+                      Where where);  // checks, and finds or opens the meeting
+void switch_to_next();               // another warp, an unstarted lane, or the end
 void finish_barrier(Barrier& barrier);
 void fence();
 Barrier& join_barrier(const char* word, int id, unsigned threads, Where where);
@@ -139,7 +166,7 @@ void race_warp_ordered(uint32_t mask);
 void race_barrier_passed(const Barrier& barrier);
 void race_read(const void* p, size_t bytes, unsigned lane, Where where);
 
-// ---- switching --------------------------------------------------------------------------------------------------------
+// ---- switching --------------------------------------------------------------------------------------------
 
 SIM_QUIET __attribute__((always_inline)) inline void jump(Fiber& from, Fiber& to) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -173,7 +200,7 @@ SIM_QUIET inline void wait() {
     }
 }
 
-// ---- meeting ----------------------------------------------------------------------------------------------------------
+// ---- meeting ----------------------------------------------------------------------------------------------
 
 // The lanes of `mask` meet; the last one calls work(exchange) before any goes on.
 template <class Work>
@@ -182,7 +209,8 @@ SIM_QUIET inline void meet(const char* word, uint32_t mask, Where where, Work wo
     Warp& warp = *w.warp;
     const uint32_t bit = 1u << w.lane;
     Meeting* m = &warp.meetings[0];
-    if (warp.open != 1 || m->word != word || m->mask != mask || m->where.line() != where.line() || !(mask & bit)) [[unlikely]]
+    if (warp.open != 1 || m->word != word || m->mask != mask || m->where.line() != where.line() ||
+        !(mask & bit)) [[unlikely]]
         m = &join_meeting(word, mask, where);
     m->arrived |= bit;
     if (m->arrived != mask) {
@@ -209,7 +237,7 @@ SIM_QUIET inline void barrier(const char* word, int id, unsigned threads, Where 
     wait();
 }
 
-// ---- helpers of the words ---------------------------------------------------------------------------------------------
+// ---- helpers of the words ---------------------------------------------------------------------------------
 
 // p .. p + bytes must be the block's shared memory, and p a multiple of bytes.
 SIM_QUIET inline void check_shared(const void* p, size_t bytes, const char* word, Where where) {
@@ -226,5 +254,10 @@ SIM_QUIET inline void check_shared(const void* p, size_t bytes, const char* word
 void async_issue(void* shared_dst, const void* global_src, Where where);
 void async_commit();
 void async_wait(size_t newest);
+
+// Starts the warpgroup product `held` = or += a, or the rows at `left`, times a tile (words.cpp); the wait does
+// it.
+void product_issue(float (&held)[8][4], const uint32_t* a, const unsigned char* left,
+                   const unsigned char* tile, int at, bool transposed, bool add, Where where);
 
 }  // namespace sim

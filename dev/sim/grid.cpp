@@ -115,15 +115,16 @@ void run_grid(const Launch& launch) {
     const Permutation order(blocks, settings().seed + launch.number);
     auto run = [&](size_t i) {
         if (shuffle) i = order(i);
-        run_block(launch, {static_cast<unsigned>(i % launch.grid.x), static_cast<unsigned>(i / launch.grid.x % launch.grid.y),
+        run_block(launch, {static_cast<unsigned>(i % launch.grid.x),
+                           static_cast<unsigned>(i / launch.grid.x % launch.grid.y),
                            static_cast<unsigned>(i / launch.grid.x / launch.grid.y)});
     };
     if (race_on) race_begin_launch(launch);
-    constexpr size_t kWorthWaking = 2048;  // threads; waking another core costs as much as some hundreds of them
+    constexpr size_t kWorthWaking =
+        2048;  // threads; waking another core costs as much as some hundreds of them
     if (blocks * threads < kWorthWaking || race_on)  // the record is one thread's
         for (size_t i = 0; i < blocks; i++) run(i);
-    else
-        pool().run(blocks, run);
+    else pool().run(blocks, run);
 }
 
 }  // namespace sim

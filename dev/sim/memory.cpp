@@ -44,8 +44,8 @@ std::string origin(const Allocation& a) {
            a.made.file_name() + ":" + std::to_string(a.made.line());
 }
 
-// Pages full of poison, as a file in memory: mapped as often as needed, copied when written, so that fresh memory costs
-// neither time nor space until it is used.
+// Pages full of poison, as a file in memory: mapped as often as needed, copied when written, so that fresh
+// memory costs neither time nor space until it is used.
 constexpr size_t kPoisonedBytes = 2 << 20;
 int poisoned_file() {
     static const int file = [] {
@@ -58,8 +58,8 @@ int poisoned_file() {
     return file;
 }
 
-// Device and pinned memory comes from one range of addresses, each of which is used once in the life of the process: so
-// a use after free is seen, and "is this the device's?" is a comparison.
+// Device and pinned memory comes from one range of addresses, each of which is used once in the life of the
+// process: so a use after free is seen, and "is this the device's?" is a comparison.
 constexpr size_t kArenaBytes = size_t{4} << 40;
 struct Arena {
     unsigned char* begin = nullptr;
@@ -77,7 +77,8 @@ unsigned char* reserve(size_t bytes) {
     return arena.begin + arena.used - bytes;
 }
 
-// [poison | front | data | rest of its 256 bytes][page without access]: overruns hit the guard bytes or the last page.
+// [poison | front | data | rest of its 256 bytes][page without access]: overruns hit the guard bytes or the
+// last page.
 bool map_poisoned(Allocation& a, unsigned char** data) {
     const size_t body = rounded(kAlignment + rounded(a.bytes, kAlignment), kPage);
     a.mapped_bytes = body + kPage;
@@ -85,8 +86,8 @@ bool map_poisoned(Allocation& a, unsigned char** data) {
     if (!a.mapping) return false;
     for (size_t at = 0; at < body; at += kPoisonedBytes) {
         const size_t part = std::min(kPoisonedBytes, body - at);
-        if (mmap(a.mapping + at, part, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, poisoned_file(), 0) ==
-            MAP_FAILED)
+        if (mmap(a.mapping + at, part, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE,
+                 poisoned_file(), 0) == MAP_FAILED)
             return false;
     }
     *data = a.mapping + body - rounded(a.bytes, kAlignment);
@@ -143,14 +144,16 @@ cudaError_t release(void* p, bool device, const char* call, Where where) {
         if (const auto old = h.freed.find(key); it == h.live.end() && old != h.freed.end())
             fail(where, "%s(%p): freed already at %s:%u; it was %s", call, p, old->second.freed.file_name(),
                  old->second.freed.line(), origin(old->second).c_str());
-        fail(where, "%s(%p): not the start of a piece of %s memory", call, p, device ? "device" : "pinned host");
+        fail(where, "%s(%p): not the start of a piece of %s memory", call, p,
+             device ? "device" : "pinned host");
     }
     Allocation& a = it->second;
     check_guards(key, a);
     if (device) h.device_bytes -= rounded(a.bytes, kAlignment);
     a.freed = where;
     forbid(a.mapping, a.mapped_bytes);
-    mmap(a.mapping, a.mapped_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    mmap(a.mapping, a.mapped_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1,
+         0);
     h.freed.emplace(key, a);
     h.live.erase(it);
     return cudaSuccess;
@@ -207,7 +210,8 @@ std::string describe_address(const void* p) {
     const auto address = reinterpret_cast<uintptr_t>(p);
     char text[64];
     if (worker && worker->shared && worker->launch) {
-        const size_t offset = address - reinterpret_cast<uintptr_t>(worker->shared), bytes = worker->launch->shared_bytes;
+        const size_t offset = address - reinterpret_cast<uintptr_t>(worker->shared),
+                     bytes = worker->launch->shared_bytes;
         if (offset < kSharedBytes) {
             snprintf(text, sizeof(text), "byte %zu of the block's %zu of shared memory", offset, bytes);
             return text;
@@ -220,7 +224,9 @@ std::string describe_address(const void* p) {
             if (address < begin || address >= begin + a.mapped_bytes) continue;
             snprintf(text, sizeof(text), "byte %lld of ", static_cast<long long>(address - key));
             std::string all = text + origin(a);
-            if (pieces == &h.freed) all += ", freed at " + std::string(a.freed.file_name()) + ":" + std::to_string(a.freed.line());
+            if (pieces == &h.freed)
+                all +=
+                    ", freed at " + std::string(a.freed.file_name()) + ":" + std::to_string(a.freed.line());
             return all;
         }
     }
@@ -270,20 +276,24 @@ cudaError_t check_copy(const void* to, const void* from, size_t bytes, cudaMemcp
     if (kind == cudaMemcpyDefault) return cudaSuccess;
     const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     const bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
-    const bool right = (*to_memory == Memory::Device) == to_device && (*from_memory == Memory::Device) == from_device;
+    const bool right =
+        (*to_memory == Memory::Device) == to_device && (*from_memory == Memory::Device) == from_device;
     return right ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
     Memory to_memory, from_memory;
     if (bytes == 0) return cudaSuccess;
-    if (const cudaError_t error = check_copy(to, from, bytes, kind, &to_memory, &from_memory)) return set_error(error);
+    if (const cudaError_t error = check_copy(to, from, bytes, kind, &to_memory, &from_memory))
+        return set_error(error);
     cudaStreamCaptureStatus capture;
     if (const cudaError_t error = cudaStreamIsCapturing(stream, &capture)) return error;
     const bool pageable = to_memory == Memory::Pageable || from_memory == Memory::Pageable;
-    if (pageable && capture != cudaStreamCaptureStatusNone) return set_error(cudaErrorStreamCaptureUnsupported);
+    if (pageable && capture != cudaStreamCaptureStatusNone)
+        return set_error(cudaErrorStreamCaptureUnsupported);
     if (!pageable) return enqueue(stream, "copy", [=] { memmove(to, from, bytes); });
     // As CUDA does: pageable memory is read before the call returns, and has been written when it returns.
     if (from_memory == Memory::Pageable && to_memory == Memory::Device) {

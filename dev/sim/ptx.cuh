@@ -134,15 +134,19 @@ SIM_QUIET inline void barrier_sync(int id, int threads, sim::Where where = sim::
     sim::barrier("barrier_sync", id, static_cast<unsigned>(threads), where);
 }
 
-// ---- products of a warpgroup (sm_90a) ---------------------------------------------------------------------
+// ---- products of a warpgroup (sm_90a) --------------------------------------------------------------------
 //
-// A warp's rows of the result depend on its own rows of the left operand alone, so each warp does its part by
-// itself, at once: a missing fence, commit or wait isn't seen here.
+// Started by wgmma and done by the wgmma_wait_all that covers their group: until then the accumulators are
+// poison, and the tile is read at the wait, so that a missing commit or wait, and a tile that is filled
+// again too early, show. A missing wgmma_fence is an error; a missing fence_async_proxy is not seen. A
+// warp's rows of the result depend on its own rows of the left operand alone, so each warp does its part.
 
 inline void fence_async_proxy() {}
-inline void wgmma_fence() {}
-inline void wgmma_commit() {}
-inline void wgmma_wait_all(float (&)[8][4]) {}
+inline void wgmma_fence() { sim::worker->products[sim::worker->current->thread].fenced = true; }
+inline void wgmma_commit() {
+    sim::WarpgroupProducts& p = sim::worker->products[sim::worker->current->thread];
+    p.group_ends.push_back(p.products.size());
+}
 
 namespace detail {
 
@@ -156,29 +160,70 @@ inline uint32_t swizzled_pair(const unsigned char* tile, int row, int column, in
     return element(row, column) | element(next_row, next_column) << 16;
 }
 
+// 16 rows of the result of each warp, 8 columns at a time.
+inline void warpgroup_product(float (&d)[8][4], sim::WarpgroupProducts::Product& p) {
+    const int lane = sim::worker->lane, k = p.at + lane % 4 * 2;
+    if (p.left) {
+        const int row = sim::worker->current->thread / 32 % 4 * 16 + lane / 4;
+        for (int i = 0; i < 4; i++) {
+            const int r = row + i % 2 * 8, c = k + i / 2 * 8;
+            p.a[i] = swizzled_pair(p.left, r, c, r, c + 1);
+        }
+    }
+    for (int n = 0; n < 8; n++) {
+        const int j = 8 * n + lane / 4;
+        const uint32_t b0 =
+            p.transposed ? swizzled_pair(p.tile, j, k, j, k + 1) : swizzled_pair(p.tile, k, j, k + 1, j);
+        const uint32_t b1 = p.transposed ? swizzled_pair(p.tile, j, k + 8, j, k + 9)
+                                         : swizzled_pair(p.tile, k + 8, j, k + 9, j);
+        mma_m16n8k16(d[n], p.a, b0, b1, p.where);
+    }
+}
+
 }  // namespace detail
+
+// Does the products of all groups but the N newest, and gives the kernel those sums that wait for no other.
+template <int N>
+inline void wgmma_wait(float (&d)[8][4], sim::Where where = sim::Where::current()) {
+    sim::WarpgroupProducts& p = sim::worker->products[sim::worker->current->thread];
+    p.fenced = false;
+    if (p.group_ends.size() > N) {
+        const size_t groups = p.group_ends.size() - N, done = p.group_ends[groups - 1];
+        for (size_t i = 0; i < done; i++)
+            detail::warpgroup_product(p.sums[p.products[i].sum].values, p.products[i]);
+        p.products.erase(p.products.begin(), p.products.begin() + static_cast<ptrdiff_t>(done));
+        p.group_ends.erase(p.group_ends.begin(), p.group_ends.begin() + static_cast<ptrdiff_t>(groups));
+        for (size_t& end : p.group_ends) end -= done;
+        for (size_t s = 0; s < p.sums.size(); s++) {
+            bool complete = p.sums[s].held != nullptr;
+            for (const auto& product : p.products) complete = complete && product.sum != s;
+            if (!complete) continue;
+            memcpy(p.sums[s].held, p.sums[s].values, sizeof(d));
+            p.sums[s].held = nullptr;
+        }
+        if (p.products.empty()) p.sums.clear();
+    }
+    for (const auto& sum : p.sums)
+        if (sum.held == d && N > 0)
+            sim::fail(where, "wgmma_wait<%d> names accumulators whose products it doesn't wait for", N);
+}
+inline void wgmma_wait_all(float (&d)[8][4]) { wgmma_wait<0>(d); }
 
 template <bool kAdd>
 inline void wgmma_transposed(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile, int column,
                              sim::Where where = sim::Where::current()) {
-    const int lane = sim::worker->lane, k = column + lane % 4 * 2;
-    for (int n = 0; n < 8; n++) {
-        const int row = 8 * n + lane / 4;
-        if (!kAdd)
-            for (float& x : d[n]) x = 0.0f;
-        mma_m16n8k16(d[n], a, detail::swizzled_pair(tile, row, k, row, k + 1),
-                     detail::swizzled_pair(tile, row, k + 8, row, k + 9), where);
-    }
+    sim::product_issue(d, a, nullptr, tile, column, true, kAdd, where);
 }
 
 inline void wgmma(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile, int row,
                   sim::Where where = sim::Where::current()) {
-    const int lane = sim::worker->lane, k = row + lane % 4 * 2;
-    for (int n = 0; n < 8; n++) {
-        const int column = 8 * n + lane / 4;
-        mma_m16n8k16(d[n], a, detail::swizzled_pair(tile, k, column, k + 1, column),
-                     detail::swizzled_pair(tile, k + 8, column, k + 9, column), where);
-    }
+    sim::product_issue(d, a, nullptr, tile, row, false, true, where);
+}
+
+template <bool kAdd>
+inline void wgmma_tiles(float (&d)[8][4], const unsigned char* left, const unsigned char* right, int column,
+                        sim::Where where = sim::Where::current()) {
+    sim::product_issue(d, nullptr, left, right, column, true, kAdd, where);
 }
 
 }  // namespace ptx

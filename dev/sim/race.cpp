@@ -1,18 +1,19 @@
-// The race record. A program compiled with -fsanitize=thread calls __tsan_read4 and the like at each access; here, in
-// place of ThreadSanitizer's runtime, stand our own, which know CUDA's rules instead of the host's:
+// The race record. A program compiled with -fsanitize=thread calls __tsan_read4 and the like at each access;
+// here, in place of ThreadSanitizer's runtime, stand our own, which know CUDA's rules instead of the host's:
 //
-//   - two accesses to the same bytes of shared or device memory by different threads of one launch, one of them a write,
-//     not both atomic, must be ordered;
-//   - __syncthreads and bar.sync order the threads that take part, __syncwarp the lanes of its mask; shuffles, votes and
-//     tensor-core words order nothing;
-//   - blocks are ordered by nothing but a __threadfence, then an atomic, in the one, and an atomic on the same address in
-//     the other ("the last block adds up");
+//   - two accesses to the same bytes of shared or device memory by different threads of one launch, one of
+//     them a write, not both atomic, must be ordered;
+//   - __syncthreads and bar.sync order the threads that take part, __syncwarp the lanes of its mask;
+//     shuffles, votes and tensor-core words order nothing;
+//   - blocks are ordered by nothing but a __threadfence, then an atomic, in the one, and an atomic on the
+//     same address in the other ("the last block adds up");
 //   - launches are ordered here (streams are SIM_LATE's business).
 //
-// The order is kept as vector clocks: thread u knows of thread t's accesses up to clock k. An access is remembered as
-// (launch, block, thread, clock, place), the last write and two readers for each cell; cells have 4 bytes, or fewer on
-// pages where narrower accesses were seen. Two readers are enough in practice: they are kept from different warps.
-// The record also names reads of memory that nothing has written, and host code that touches device memory.
+// The order is kept as vector clocks: thread u knows of thread t's accesses up to clock k. An access is
+// remembered as (launch, block, thread, clock, place), the last write and two readers for each cell; cells
+// have 4 bytes, or fewer on pages where narrower accesses were seen. Two readers are enough in practice: they
+// are kept from different warps. The record also names reads of memory that nothing has written, and host
+// code that touches device memory.
 //
 // It runs in one OS thread. None of its own code is instrumented.
 #include <algorithm>
@@ -35,7 +36,7 @@ namespace {
 
 constexpr unsigned kMaxThreads = kMaxWarps * 32;
 constexpr uintptr_t kPageBytes = 4096;
-constexpr uint32_t kIsWhere = 0x80000000u;  // a site is an offset of the program's code, or with this bit a Where
+constexpr uint32_t kIsWhere = 0x80000000u;  // a site is an offset in the code; with this bit, a Where
 
 struct Access {
     uint32_t launch = 0, block = 0;
@@ -79,12 +80,13 @@ struct Pending {  // 16 bytes that a cp.async of `thread` will write
 struct Record {
     uint32_t launch = 0, block = 0;
     std::unordered_map<uintptr_t, Page> pages;
-    std::unordered_map<uintptr_t, std::vector<std::shared_ptr<const Release>>> releases;  // of this launch, by address
-    std::unordered_map<uintptr_t, Pending> pending;                                       // of this block
-    std::vector<Acquire> acquires;                                                        // of this block
+    std::unordered_map<uintptr_t, std::vector<std::shared_ptr<const Release>>>
+        releases;                                    // of this launch, by address
+    std::unordered_map<uintptr_t, Pending> pending;  // of this block
+    std::vector<Acquire> acquires;                   // of this block
     std::vector<Where> places;
-    // Clocks of the running block. What u knows of t is the greater of base[t], since the last barrier of all, and
-    // extra[u][t], where extra_of[u] says that it is of this barrier's time.
+    // Clocks of the running block. What u knows of t is the greater of base[t], since the last barrier of
+    // all, and extra[u][t], where extra_of[u] says that it is of this barrier's time.
     Clocks clock, base, fenced;
     std::vector<Clocks> extra = std::vector<Clocks>(kMaxThreads);
     std::vector<uint32_t> extra_of = std::vector<uint32_t>(kMaxThreads);
@@ -137,9 +139,11 @@ std::string access_text(const Access& a, bool write) {
     return text + site_text(a.site);
 }
 
-[[noreturn]] void report_race(const Access& before, bool before_writes, const Access& now, bool now_writes, const void* p) {
-    stop("race in kernel %s on %s: %s, and %s, with nothing that orders them", kernel_name(worker->launch->kernel).c_str(),
-         describe_address(p).c_str(), access_text(before, before_writes).c_str(), access_text(now, now_writes).c_str());
+[[noreturn]] void report_race(const Access& before, bool before_writes, const Access& now, bool now_writes,
+                              const void* p) {
+    stop("race in kernel %s on %s: %s, and %s, with nothing that orders them",
+         kernel_name(worker->launch->kernel).c_str(), describe_address(p).c_str(),
+         access_text(before, before_writes).c_str(), access_text(now, now_writes).c_str());
 }
 
 // Whether everything up to `before` has happened for thread `me` of the running block.
@@ -153,10 +157,15 @@ bool ordered(const Record& r, const Access& before, unsigned me) {
     return false;
 }
 
-bool same_thread(const Access& a, const Access& b) { return a.launch == b.launch && a.block == b.block && a.thread == b.thread; }
-bool same_warp(const Access& a, const Access& b) { return a.block == b.block && a.thread / 32 == b.thread / 32; }
+bool same_thread(const Access& a, const Access& b) {
+    return a.launch == b.launch && a.block == b.block && a.thread == b.thread;
+}
+bool same_warp(const Access& a, const Access& b) {
+    return a.block == b.block && a.thread / 32 == b.thread / 32;
+}
 
-// Of three readers keep two: not one that a kept one comes after, and not two of a warp where there is a third warp's.
+// Of three readers keep two: not one that a kept one comes after, and not two of a warp where there is a
+// third warp's.
 void remember_reader(Record& r, Cell& cell, const Access& now) {
     for (Access& old : cell.reader)
         if (same_thread(old, now) || ordered(r, old, now.thread)) {
@@ -167,8 +176,8 @@ void remember_reader(Record& r, Cell& cell, const Access& now) {
 }
 
 void touch_cell(Record& r, Cell& cell, const Access& now, bool write, const void* p) {
-    if (cell.write.launch == r.launch && !same_thread(cell.write, now) && !(cell.write.atomic && now.atomic) &&
-        !ordered(r, cell.write, now.thread))
+    if (cell.write.launch == r.launch && !same_thread(cell.write, now) &&
+        !(cell.write.atomic && now.atomic) && !ordered(r, cell.write, now.thread))
         report_race(cell.write, true, now, write, p);
     if (!write) {
         remember_reader(r, cell, now);
@@ -195,12 +204,14 @@ void check_pending(Record& r, uintptr_t address, size_t bytes, unsigned thread, 
         if (it == r.pending.end()) continue;
         const Access now{r.launch, r.block, 0, thread, 0, site};
         const Access copy{r.launch, r.block, 0, it->second.thread, 0, site_of(it->second.where)};
-        stop("kernel %s: %s; but a cp.async is still under way there: %s", kernel_name(worker->launch->kernel).c_str(),
-             access_text(now, write).c_str(), access_text(copy, true).c_str());
+        stop("kernel %s: %s; but a cp.async is still under way there: %s",
+             kernel_name(worker->launch->kernel).c_str(), access_text(now, write).c_str(),
+             access_text(copy, true).c_str());
     }
 }
 
-void touch(uintptr_t address, size_t bytes, bool write, bool atomic, unsigned thread, uint32_t site, Region region) {
+void touch(uintptr_t address, size_t bytes, bool write, bool atomic, unsigned thread, uint32_t site,
+           Region region) {
     Record& r = record();
     if (region == Region::Shared && !r.pending.empty()) check_pending(r, address, bytes, thread, site, write);
     const Access now{r.launch, r.block, r.clock[thread], thread, atomic, site};
@@ -210,13 +221,15 @@ void touch(uintptr_t address, size_t bytes, bool write, bool atomic, unsigned th
         if (shift < page.shift) page.refine(shift);
         const uintptr_t end = std::min(address + bytes, (at / kPageBytes + 1) * kPageBytes);
         for (; at < end; at += uintptr_t{1} << page.shift)
-            touch_cell(r, page.cells[at % kPageBytes >> page.shift], now, write, reinterpret_cast<const void*>(at));
+            touch_cell(r, page.cells[at % kPageBytes >> page.shift], now, write,
+                       reinterpret_cast<const void*>(at));
         at = end;
     }
 }
 
 [[noreturn]] void report_host(uintptr_t address, bool write, const void* return_address) {
-    stop("host code %s device memory at %s: %s", write ? "writes" : "reads", site_text(site_of(return_address)).c_str(),
+    stop("host code %s device memory at %s: %s", write ? "writes" : "reads",
+         site_text(site_of(return_address)).c_str(),
          describe_address(reinterpret_cast<const void*>(address)).c_str());
 }
 
@@ -240,7 +253,8 @@ void saw(const void* p, size_t bytes, bool write, bool atomic, const void* retur
     const auto address = reinterpret_cast<uintptr_t>(p);
     if (!worker || !worker->launch) {
         bool inside;
-        if (in_arena(p) && find_memory(p, bytes, &inside) == Memory::Device) report_host(address, write, return_address);
+        if (in_arena(p) && find_memory(p, bytes, &inside) == Memory::Device)
+            report_host(address, write, return_address);
         return;
     }
     const Worker& w = *worker;
@@ -249,8 +263,8 @@ void saw(const void* p, size_t bytes, bool write, bool atomic, const void* retur
     const uint32_t site = site_of(return_address);
     touch(address, bytes, write, atomic, w.current->thread, site, region);
     if (!write && is_poison(address, bytes))
-        stop("%s: reads memory that nothing has written yet, at %s: %s; a barrier or a wait may be missing", thread_of(w).c_str(), site_text(site).c_str(),
-             describe_address(p).c_str());
+        stop("%s: reads memory that nothing has written yet, at %s: %s; a barrier or a wait may be missing",
+             thread_of(w).c_str(), site_text(site).c_str(), describe_address(p).c_str());
 }
 
 // The threads of `group` have met: each knows what all knew, and what comes now is later.
@@ -271,7 +285,7 @@ void join(Record& r, const std::vector<unsigned>& group) {
 
 }  // namespace
 
-// ---- what the simulator tells the record ------------------------------------------------------------------------------
+// ---- what the simulator tells the record ------------------------------------------------------------------
 
 void race_begin_launch(const Launch& launch) {
     Record& r = record();
@@ -291,7 +305,8 @@ void race_begin_block() {
     r.pending.clear();
     r.acquires.clear();
     const auto first = reinterpret_cast<uintptr_t>(w.shared) / kPageBytes;
-    for (uintptr_t page = first; page * kPageBytes < reinterpret_cast<uintptr_t>(w.shared) + w.launch->shared_bytes; page++)
+    for (uintptr_t page = first;
+         page * kPageBytes < reinterpret_cast<uintptr_t>(w.shared) + w.launch->shared_bytes; page++)
         r.pages.erase(page);  // another block's shared memory is other memory
 }
 
@@ -323,7 +338,8 @@ void race_fence() {
 
 void race_read(const void* p, size_t bytes, unsigned lane, Where where) {
     const auto address = reinterpret_cast<uintptr_t>(p);
-    touch(address, bytes, false, false, worker->warp->first_thread + lane, site_of(where), region_of(*worker, address));
+    touch(address, bytes, false, false, worker->warp->first_thread + lane, site_of(where),
+          region_of(*worker, address));
 }
 
 void race_async_issue(void* to, const void* from, Where where) {
@@ -347,7 +363,8 @@ void race_async_landed(void* to) {
 
 namespace {
 
-// An atomic takes over what fenced threads have released at this address, and releases what its own thread has fenced.
+// An atomic takes over what fenced threads have released at this address, and releases what its own thread
+// has fenced.
 void synchronize_at(uintptr_t address) {
     Record& r = record();
     const unsigned me = worker->current->thread;
@@ -371,7 +388,7 @@ void saw_atomic(const volatile void* p, size_t bytes, bool write, const void* re
 }  // namespace
 }  // namespace sim
 
-// ---- what -fsanitize=thread calls -------------------------------------------------------------------------------------
+// ---- what -fsanitize=thread calls -------------------------------------------------------------------------
 
 // clang-format off
 extern "C" {
@@ -382,51 +399,52 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
-#define SIM_ACCESS(n)                                                                                           \
-    void __tsan_read##n(void* p) { sim::saw(p, n, false, false, __builtin_return_address(0)); }                 \
-    void __tsan_write##n(void* p) { sim::saw(p, n, true, false, __builtin_return_address(0)); }                 \
-    void __tsan_unaligned_read##n(void* p) { sim::saw(p, n, false, false, __builtin_return_address(0)); }       \
+#define SIM_ACCESS(n)                                                                                  \
+    void __tsan_read##n(void* p) { sim::saw(p, n, false, false, __builtin_return_address(0)); }        \
+    void __tsan_write##n(void* p) { sim::saw(p, n, true, false, __builtin_return_address(0)); }        \
+    void __tsan_unaligned_read##n(void* p) { sim::saw(p, n, false, false, __builtin_return_address(0)); } \
     void __tsan_unaligned_write##n(void* p) { sim::saw(p, n, true, false, __builtin_return_address(0)); }
 SIM_ACCESS(1) SIM_ACCESS(2) SIM_ACCESS(4) SIM_ACCESS(8) SIM_ACCESS(16)
 #undef SIM_ACCESS
 void __tsan_read_range(void* p, size_t n) { sim::saw(p, n, false, false, __builtin_return_address(0)); }
 void __tsan_write_range(void* p, size_t n) { sim::saw(p, n, true, false, __builtin_return_address(0)); }
 
-#define SIM_ATOMIC_CHANGE(bits, T, name)                                                                        \
-    T __tsan_atomic##bits##_##name(volatile T* p, T v, int) {                                                   \
-        sim::saw_atomic(p, sizeof(T), true, __builtin_return_address(0));                                       \
-        return __atomic_##name(p, v, __ATOMIC_SEQ_CST);                                                         \
+#define SIM_ATOMIC_CHANGE(bits, T, name)                                                               \
+    T __tsan_atomic##bits##_##name(volatile T* p, T v, int) {                                          \
+        sim::saw_atomic(p, sizeof(T), true, __builtin_return_address(0));                              \
+        return __atomic_##name(p, v, __ATOMIC_SEQ_CST);                                                \
     }
-#define SIM_ATOMICS(bits, T)                                                                                    \
-    T __tsan_atomic##bits##_load(const volatile T* p, int) {                                                    \
-        sim::saw_atomic(p, sizeof(T), false, __builtin_return_address(0));                                      \
-        return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                            \
-    }                                                                                                           \
-    void __tsan_atomic##bits##_store(volatile T* p, T v, int) {                                                 \
-        sim::saw_atomic(p, sizeof(T), true, __builtin_return_address(0));                                       \
-        __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                                                               \
-    }                                                                                                           \
-    T __tsan_atomic##bits##_exchange(volatile T* p, T v, int) {                                                 \
-        sim::saw_atomic(p, sizeof(T), true, __builtin_return_address(0));                                       \
-        return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                     \
-    }                                                                                                           \
-    SIM_ATOMIC_CHANGE(bits, T, fetch_add) SIM_ATOMIC_CHANGE(bits, T, fetch_sub)                                 \
-    SIM_ATOMIC_CHANGE(bits, T, fetch_and) SIM_ATOMIC_CHANGE(bits, T, fetch_or)                                  \
-    SIM_ATOMIC_CHANGE(bits, T, fetch_xor) SIM_ATOMIC_CHANGE(bits, T, fetch_nand)                                \
-    int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* expected, T v, int, int) {              \
-        sim::saw_atomic(p, sizeof(T), true, __builtin_return_address(0));                                       \
-        return __atomic_compare_exchange_n(p, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);          \
-    }                                                                                                           \
-    int __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* expected, T v, int, int) {                \
-        sim::saw_atomic(p, sizeof(T), true, __builtin_return_address(0));                                       \
-        return __atomic_compare_exchange_n(p, expected, v, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);           \
-    }                                                                                                           \
-    T __tsan_atomic##bits##_compare_exchange_val(volatile T* p, T expected, T v, int, int) {                    \
-        sim::saw_atomic(p, sizeof(T), true, __builtin_return_address(0));                                       \
-        __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                \
-        return expected;                                                                                        \
+#define SIM_ATOMICS(bits, T)                                                                           \
+    T __tsan_atomic##bits##_load(const volatile T* p, int) {                                           \
+        sim::saw_atomic(p, sizeof(T), false, __builtin_return_address(0));                             \
+        return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                   \
+    }                                                                                                  \
+    void __tsan_atomic##bits##_store(volatile T* p, T v, int) {                                        \
+        sim::saw_atomic(p, sizeof(T), true, __builtin_return_address(0));                              \
+        __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                                                      \
+    }                                                                                                  \
+    T __tsan_atomic##bits##_exchange(volatile T* p, T v, int) {                                        \
+        sim::saw_atomic(p, sizeof(T), true, __builtin_return_address(0));                              \
+        return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                            \
+    }                                                                                                  \
+    SIM_ATOMIC_CHANGE(bits, T, fetch_add) SIM_ATOMIC_CHANGE(bits, T, fetch_sub)                        \
+    SIM_ATOMIC_CHANGE(bits, T, fetch_and) SIM_ATOMIC_CHANGE(bits, T, fetch_or)                         \
+    SIM_ATOMIC_CHANGE(bits, T, fetch_xor) SIM_ATOMIC_CHANGE(bits, T, fetch_nand)                       \
+    int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* expected, T v, int, int) {     \
+        sim::saw_atomic(p, sizeof(T), true, __builtin_return_address(0));                              \
+        return __atomic_compare_exchange_n(p, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+    }                                                                                                  \
+    int __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* expected, T v, int, int) {       \
+        sim::saw_atomic(p, sizeof(T), true, __builtin_return_address(0));                              \
+        return __atomic_compare_exchange_n(p, expected, v, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);  \
+    }                                                                                                  \
+    T __tsan_atomic##bits##_compare_exchange_val(volatile T* p, T expected, T v, int, int) {           \
+        sim::saw_atomic(p, sizeof(T), true, __builtin_return_address(0));                              \
+        __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);       \
+        return expected;                                                                               \
     }
-SIM_ATOMICS(8, unsigned char) SIM_ATOMICS(16, unsigned short) SIM_ATOMICS(32, unsigned) SIM_ATOMICS(64, unsigned long)
+SIM_ATOMICS(8, unsigned char) SIM_ATOMICS(16, unsigned short)
+SIM_ATOMICS(32, unsigned) SIM_ATOMICS(64, unsigned long)
 #undef SIM_ATOMICS
 #undef SIM_ATOMIC_CHANGE
 void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }

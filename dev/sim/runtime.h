@@ -18,9 +18,11 @@ struct Settings {
 };
 const Settings& settings();
 
-inline constexpr size_t kSharedBytes = 256 * 1024;  // of a worker's shared memory; a block gets the first part
+inline constexpr size_t kSharedBytes =
+    256 * 1024;  // of a worker's shared memory; a block gets the first part
 
-// The limits that differ between compute capabilities 8.0 and 9.0 (CUDA C++ Programming Guide, table of capabilities).
+// The limits that differ between compute capabilities 8.0 and 9.0 (CUDA C++ Programming Guide, table of
+// capabilities).
 inline constexpr size_t kStaticSharedLimit = 48 * 1024;
 inline size_t shared_limit() { return settings().arch == 80 ? 163 * 1024 : 227 * 1024; }
 
@@ -34,43 +36,46 @@ cudaError_t set_error(cudaError_t error);
 std::string running_thread();
 std::string thread_of(const Worker& w);
 
-// ---- symbols.cpp ------------------------------------------------------------------------------------------------------
+// ---- symbols.cpp ------------------------------------------------------------------------------------------
 
-uintptr_t program_base();                          // where the program's code is loaded
-const char* mangled_name(const void* function);    // "" where the program's symbol table doesn't have it
-std::string kernel_name(const void* function);     // demangled, without parameters
-// "file:line", with " from file:line" for each function it was inlined into, without dev/sim's own; by addr2line, or "".
+uintptr_t program_base();                        // where the program's code is loaded
+const char* mangled_name(const void* function);  // "" where the program's symbol table doesn't have it
+std::string kernel_name(const void* function);   // demangled, without parameters
+// "file:line", with " from file:line" for each function it was inlined into, without dev/sim's own; by
+// addr2line, or "".
 std::string source_line(const void* return_address);
 
-// ---- memory.cpp -------------------------------------------------------------------------------------------------------
+// ---- memory.cpp -------------------------------------------------------------------------------------------
 
 enum class Memory { Pageable, Pinned, Device };
-// Where p lies. For pinned and device memory all of p .. p + bytes must be in one allocation, else *inside is false.
+// Where p lies. For pinned and device memory all of p .. p + bytes must be in one allocation, else *inside is
+// false.
 Memory find_memory(const void* p, size_t bytes, bool* inside);
 bool in_arena(const void* p);  // device or pinned memory, or once was
 void poison(void* p, size_t bytes);
 // For AddressSanitizer: nobody, or again anybody, may touch these bytes.
 void forbid(void* p, size_t bytes);
 void allow(void* p, size_t bytes);
-std::string describe_address(const void* p);  // "byte 128 of device memory of 128 bytes, allocated at FILE:LINE"
+std::string describe_address(
+    const void* p);  // "byte 128 of device memory of 128 bytes, allocated at FILE:LINE"
 
-// ---- stream.cpp -------------------------------------------------------------------------------------------------------
+// ---- stream.cpp -------------------------------------------------------------------------------------------
 
-bool is_capturing();    // any stream
+bool is_capturing();     // any stream
 void run_all_streams();  // whatever is still to do
 // Runs what comes before this point of the stream; the error where the stream captures.
 cudaError_t synchronize(cudaStream_t stream);
 
-// ---- grid.cpp ---------------------------------------------------------------------------------------------------------
+// ---- grid.cpp ---------------------------------------------------------------------------------------------
 
-void run_grid(const Launch& launch);  // all blocks, returns when they are done
+void run_grid(const Launch& launch);                // all blocks, returns when they are done
 void run_block(const Launch& launch, uint3 block);  // fibers.cpp; on the calling OS thread
 
-// ---- faults.cpp -------------------------------------------------------------------------------------------------------
+// ---- faults.cpp -------------------------------------------------------------------------------------------
 
 void watch(Worker& w);  // this OS thread's faults are named, and a kernel that makes no progress
 
-// ---- race.cpp ---------------------------------------------------------------------------------------------------------
+// ---- race.cpp ---------------------------------------------------------------------------------------------
 
 void race_begin_launch(const Launch& launch);
 void race_begin_block();

@@ -1,6 +1,6 @@
-// Streams, events and graphs. Work of a stream runs at once, or, with SIM_LATE=1, as late as CUDA allows: when something
-// waits for it, and then nothing but what that needs. So a missing event, a pinned buffer that is reused too early, or
-// a result that is read before a synchronisation, shows in one of the two modes.
+// Streams, events and graphs. Work of a stream runs at once, or, with SIM_LATE=1, as late as CUDA allows:
+// when something waits for it, and then nothing but what that needs. So a missing event, a pinned buffer that
+// is reused too early, or a result that is read before a synchronisation, shows in one of the two modes.
 #include <algorithm>
 #include <chrono>
 #include <deque>
@@ -125,13 +125,12 @@ std::vector<size_t> order_of(const Graph& graph, uint64_t seed) {
         std::vector<size_t> ready;
         for (size_t i = 0; i < n; i++) {
             const std::vector<size_t>& after = graph.nodes[i].after;
-            if (!ran[i] && std::all_of(after.begin(), after.end(), [&](size_t k) { return ran[k] != 0; })) ready.push_back(i);
+            if (!ran[i] && std::all_of(after.begin(), after.end(), [&](size_t k) { return ran[k] != 0; }))
+                ready.push_back(i);
         }
         size_t pick = 0;
-        if (settings().shuffle)
-            pick = (seed = seed * 6364136223846793005ull + 1442695040888963407ull) >> 33;
-        else if (settings().late)
-            pick = ready.size() - 1;
+        if (settings().shuffle) pick = (seed = seed * 6364136223846793005ull + 1442695040888963407ull) >> 33;
+        else if (settings().late) pick = ready.size() - 1;
         order.push_back(ready[pick % ready.size()]);
         ran[order.back()] = 1;
     }
@@ -176,7 +175,7 @@ cudaError_t enqueue(cudaStream_t stream, const char* name, std::function<void()>
 
 using namespace sim;
 
-// ---- streams ----------------------------------------------------------------------------------------------------------
+// ---- streams ----------------------------------------------------------------------------------------------
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
     if (flags > cudaStreamNonBlocking) return set_error(cudaErrorInvalidValue);
@@ -187,7 +186,9 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
     device().streams.emplace(s.get(), s);
     return cudaSuccess;
 }
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
+cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+    return cudaStreamCreateWithFlags(stream, cudaStreamDefault);
+}
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     std::lock_guard lock(device().mutex);
@@ -240,7 +241,7 @@ cudaError_t cudaDeviceSynchronize() {
     return cudaSuccess;
 }
 
-// ---- events -----------------------------------------------------------------------------------------------------------
+// ---- events -----------------------------------------------------------------------------------------------
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
     *event = new Event;
@@ -252,7 +253,8 @@ cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlag
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
     if (!event) return set_error(cudaErrorInvalidResourceHandle);
     std::lock_guard lock(device().mutex);
-    if (const auto s = event->mark.stream) run_until(*s, std::max(s->done, event->mark.count));  // it still writes the time
+    if (const auto s = event->mark.stream)
+        run_until(*s, std::max(s->done, event->mark.count));  // it still writes the time
     delete event;
     return cudaSuccess;
 }
@@ -268,7 +270,8 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
         return cudaSuccess;
     }
     event->capture.reset();
-    if (const cudaError_t error = enqueue(stream, "event", [event] { event->time = Clock::now(); })) return error;
+    if (const cudaError_t error = enqueue(stream, "event", [event] { event->time = Clock::now(); }))
+        return error;
     event->mark = {s, s->issued};
     return cudaSuccess;
 }
@@ -301,7 +304,7 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) 
     return cudaSuccess;
 }
 
-// ---- graphs -----------------------------------------------------------------------------------------------------------
+// ---- graphs -----------------------------------------------------------------------------------------------
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     std::lock_guard lock(device().mutex);

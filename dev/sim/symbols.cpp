@@ -1,5 +1,5 @@
-// Names of kernels and lines of return addresses, for messages. Names come from the symbol table of the program's own
-// file, so that static kernels have one too and nothing special is needed when linking.
+// Names of kernels and lines of return addresses, for messages. Names come from the symbol table of the
+// program's own file, so that static kernels have one too and nothing special is needed when linking.
 #include <cxxabi.h>
 #include <elf.h>
 #include <link.h>
@@ -72,7 +72,8 @@ const char* mangled_name(const void* function) {
     const uintptr_t wanted = reinterpret_cast<uintptr_t>(function) - table.base;
     for (size_t i = 0; i < table.count; i++) {
         const Elf64_Sym& symbol = table.begin[i];
-        if (ELF64_ST_TYPE(symbol.st_info) == STT_FUNC && symbol.st_value == wanted) return table.names + symbol.st_name;
+        if (ELF64_ST_TYPE(symbol.st_info) == STT_FUNC && symbol.st_value == wanted)
+            return table.names + symbol.st_name;
     }
     return "";
 }
@@ -100,14 +101,15 @@ std::string kernel_name(const void* function) {
 std::string source_line(const void* return_address) {
     const uintptr_t call = reinterpret_cast<uintptr_t>(return_address) - symbols().base - 1;
     char command[256];
-    snprintf(command, sizeof(command), "addr2line -i -e /proc/%d/exe 0x%zx 2>/dev/null", static_cast<int>(getpid()),
-             static_cast<size_t>(call));
+    snprintf(command, sizeof(command), "addr2line -i -e /proc/%d/exe 0x%zx 2>/dev/null",
+             static_cast<int>(getpid()), static_cast<size_t>(call));
     const std::string lines = run(command);
     char here[4096];
     const std::string tree = getcwd(here, sizeof(here)) ? std::string(here) + "/" : "";
     std::string text;
     int frames = 0;
-    for (size_t at = 0; at < lines.size() && frames < 3;) {  // innermost first; the simulator's own headers say nothing
+    for (size_t at = 0;
+         at < lines.size() && frames < 3;) {  // innermost first; the simulator's own headers say nothing
         const size_t end = std::min(lines.find('\n', at), lines.size());
         std::string line = lines.substr(at, lines.find_first_of(" \n", at) - at);
         at = end + 1;

@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
-// Kernels are plain functions here. __shared__ is left out on purpose: a kernel that uses it doesn't compile, because
-// the simulator could neither poison, bound nor watch it (llmc/launch.cuh has shared<T>() instead).
+// Kernels are plain functions here. __shared__ is left out on purpose: a kernel that uses it doesn't compile,
+// because the simulator could neither poison, bound nor watch it (llmc/launch.cuh has shared<T>() instead).
 #define __global__
 #define __device__
 #define __host__

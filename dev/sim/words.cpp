@@ -1,5 +1,6 @@
-// cp.async: copies are remembered at their issue and made at the wait that covers them, the latest moment that CUDA
-// allows; a kernel with a wait too few reads poison.
+// What is started now and done later: copies (cp.async) and warpgroup products are remembered at their issue
+// and done at the wait that covers them, the latest moment that CUDA allows. With a wait too few one reads
+// poison.
 #include <cstring>
 #include "runtime.h"
 
@@ -32,13 +33,43 @@ void async_wait(size_t newest) {
         for (const size_t end = a.group_ends[a.groups_landed++]; a.landed < end; a.landed++) {
             const AsyncCopies::Copy& c = a.copies[a.landed];
             if (race_on) race_async_landed(c.to);
-            if (c.from)
-                memcpy(c.to, c.from, 16);
-            else
-                memset(c.to, 0, 16);
+            if (c.from) memcpy(c.to, c.from, 16);
+            else memset(c.to, 0, 16);
         }
     }
     if (a.landed == a.copies.size() && a.groups_landed == a.group_ends.size()) a.clear();
+}
+
+void product_issue(float (&held)[8][4], const uint32_t* a, const unsigned char* left,
+                   const unsigned char* tile, int at, bool transposed, bool add, Where where) {
+    constexpr unsigned kGroup = 128;
+    constexpr size_t kTileBytes = 64 * 128;
+    Worker& w = *worker;
+    const unsigned thread = w.current->thread;
+    WarpgroupProducts& p = w.products[thread];
+    w.async_used = true;
+    if (thread / kGroup * kGroup + kGroup > w.threads)
+        fail(where, "a warpgroup product needs 128 threads from a multiple of 128 on; the block has %u",
+             w.threads);
+    if (!p.fenced) fail(where, "a warpgroup product without a wgmma_fence since the last wgmma_wait");
+    for (const unsigned char* rows : {left, tile}) {
+        if (!rows) continue;
+        if ((rows - w.shared) % 1024)
+            fail(where, "a warpgroup product's tile must begin at a multiple of 1024 bytes");
+        check_shared(rows, 16, "wgmma", where);
+        check_shared(rows + kTileBytes - 16, 16, "wgmma", where);
+    }
+    size_t sum = 0;
+    while (sum < p.sums.size() && p.sums[sum].held != held) sum++;
+    if (sum == p.sums.size()) {
+        p.sums.push_back({held, {}});
+        memcpy(p.sums[sum].values, held, sizeof(held));
+        poison(held, sizeof(held));
+    }
+    if (!add) memset(p.sums[sum].values, 0, sizeof(held));
+    WarpgroupProducts::Product product{sum, {}, left, tile, at, transposed, where};
+    if (a) memcpy(product.a, a, sizeof(product.a));
+    p.products.push_back(product);
 }
 
 }  // namespace sim

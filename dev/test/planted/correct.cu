@@ -90,7 +90,9 @@ __global__ void half_warps_kernel(float* out) {
 }
 
 // Neighbours write the two halves of one 32-bit word.
-__global__ void neighbouring_halves_kernel(__nv_bfloat16* out) { out[threadIdx.x] = static_cast<__nv_bfloat16>(1.0f); }
+__global__ void neighbouring_halves_kernel(__nv_bfloat16* out) {
+    out[threadIdx.x] = static_cast<__nv_bfloat16>(1.0f);
+}
 
 // All blocks count in integers, in any order.
 __global__ void count_kernel(int* out) { atomicAdd(&out[threadIdx.x % 2], 1); }
@@ -146,7 +148,9 @@ __global__ void add_kernel(float* out, const float* in, float value) {
     out[i] = in[i] + value;  // out may be in
 }
 
-__global__ void mirror_kernel(float* out, const float* in) { out[threadIdx.x] = in[blockDim.x - 1 - threadIdx.x]; }
+__global__ void mirror_kernel(float* out, const float* in) {
+    out[threadIdx.x] = in[blockDim.x - 1 - threadIdx.x];
+}
 
 void last_block_adds(Gpu& gpu) {
     DeviceBuffer<float> out(64), partial(8 * 64);
@@ -215,7 +219,8 @@ void early_warps(Gpu& gpu) {
 void uniform_branch(Gpu& gpu) {
     DeviceBuffer<float> out(4 * 96);
     launch<FloatsShared>(uniform_branch_kernel, {4, 96}, gpu, out.get(), 4);
-    expect("sum of rounds", fetch(out.get(), out.size(), gpu), [](size_t i) { return i / 96 % 2 == 0 ? 6 : 0; });
+    expect("sum of rounds", fetch(out.get(), out.size(), gpu),
+           [](size_t i) { return i / 96 % 2 == 0 ? 6 : 0; });
 }
 
 void odd_block(Gpu& gpu) {
@@ -341,8 +346,10 @@ void refused(Gpu&) {
     size_t free_bytes, total_bytes;
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
     void* p = nullptr;
-    if (cudaMalloc(&p, free_bytes + 1) != cudaErrorMemoryAllocation || p) fatal("more than the device's memory was given");
-    if (cudaGetLastError() != cudaErrorMemoryAllocation || cudaGetLastError() != cudaSuccess) fatal("not the last error");
+    if (cudaMalloc(&p, free_bytes + 1) != cudaErrorMemoryAllocation || p)
+        fatal("more than the device's memory was given");
+    if (cudaGetLastError() != cudaErrorMemoryAllocation || cudaGetLastError() != cudaSuccess)
+        fatal("not the last error");
     CUDA_CHECK(cudaMalloc(&p, free_bytes / 2));
     CUDA_CHECK(cudaFree(p));
 }

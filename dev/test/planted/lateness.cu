@@ -6,7 +6,9 @@ namespace {
 constexpr size_t kCount = 256;
 
 __global__ void fill_kernel(float* out, float value) { out[threadIdx.x] = value; }
-__global__ void add_kernel(float* out, const float* in, float value) { out[threadIdx.x] = in[threadIdx.x] + value; }
+__global__ void add_kernel(float* out, const float* in, float value) {
+    out[threadIdx.x] = in[threadIdx.x] + value;
+}
 
 struct TileShared {
     alignas(16) float x[2][kCount];
@@ -33,19 +35,55 @@ void copy(Gpu& gpu) {
     expect("sum of two tiles", fetch(out.get(), kCount, gpu), [](size_t) { return 2; });
 }
 
+struct ProductShared {
+    alignas(1024) unsigned char bytes[64 * 128];
+};
+
+enum class Product { NoFence, NoCommit, NoWait, TileReused };
+
+// The sum of 16 products of 1 and 1, on all places.
+template <Product bug>
+__global__ void product_kernel(float* out) {
+    ProductShared& s = shared<ProductShared>();
+    auto* tile = reinterpret_cast<uint16_t*>(s.bytes);
+    for (unsigned i = threadIdx.x; i < sizeof(s.bytes) / 2; i += blockDim.x) tile[i] = 0x3f80;
+    ptx::fence_async_proxy();
+    __syncthreads();
+    const uint32_t ones = 0x3f803f80, a[4] = {ones, ones, ones, ones};
+    float d[8][4];
+    if (bug != Product::NoFence) ptx::wgmma_fence();
+    ptx::wgmma_transposed<false>(d, a, s.bytes, 0);  // BUG product_fence
+    if (bug != Product::NoCommit) ptx::wgmma_commit();
+    if (bug == Product::TileReused) {
+        for (unsigned i = threadIdx.x; i < sizeof(s.bytes) / 2; i += blockDim.x) tile[i] = 0;
+        __syncthreads();
+    }
+    if (bug != Product::NoWait) ptx::wgmma_wait_all(d);
+    out[threadIdx.x] = d[7][3];
+}
+
+template <Product bug>
+void product(Gpu& gpu) {
+    DeviceBuffer<float> out(128);
+    launch<ProductShared>(product_kernel<bug>, {1, 128}, gpu, out.get());
+    expect("product", fetch(out.get(), 128, gpu), [](size_t) { return 16; });
+}
+
 void no_synchronize(Gpu& gpu) {
     DeviceBuffer<float> x(kCount);
     PinnedBuffer<float> host(kCount);
     launch(fill_kernel, {1, kCount}, gpu, x.get(), 1.0f);
     copy_to_host(host.get(), x.get(), kCount, gpu);
-    expect("copied to the host", host.get(), kCount, [](size_t) { return 1; });  // gpu.synchronize() is missing
+    expect("copied to the host", host.get(), kCount,
+           [](size_t) { return 1; });  // gpu.synchronize() is missing
 }
 
 void pinned_reused(Gpu& gpu) {
     DeviceBuffer<float> a(kCount), b(kCount);
     PinnedBuffer<float> staging(kCount);
     for (float* device : {a.get(), b.get()}) {
-        for (size_t i = 0; i < kCount; i++) staging.get()[i] = device == a.get() ? 1 : 2;  // while the copy may still read it
+        for (size_t i = 0; i < kCount; i++)
+            staging.get()[i] = device == a.get() ? 1 : 2;  // while the copy may still read it
         copy_to_device(device, staging.get(), kCount, gpu);
     }
     expect("first buffer", fetch(a.get(), kCount, gpu), [](size_t) { return 1; });
@@ -101,7 +139,8 @@ void graph_input_changed(Gpu& gpu) {
     CUDA_CHECK(cudaGraphInstantiate(&exec, graph));
     for (size_t i = 0; i < kCount; i++) in.get()[i] = 1;
     CUDA_CHECK(cudaGraphLaunch(exec, gpu.stream));
-    for (size_t i = 0; i < kCount; i++) in.get()[i] = 7;  // the next input, before the graph has read this one
+    for (size_t i = 0; i < kCount; i++)
+        in.get()[i] = 7;  // the next input, before the graph has read this one
     expect("graph's output", fetch(y.get(), kCount, gpu), [](size_t) { return 2; });
 }
 
@@ -150,7 +189,9 @@ void unjoined_capture(Gpu& gpu) {
 }
 
 // The order of blocks decides where each value goes.
-__global__ void ticket_kernel(float* out, unsigned* ticket) { out[atomicAdd(ticket, 1u)] = static_cast<float>(blockIdx.x); }
+__global__ void ticket_kernel(float* out, unsigned* ticket) {
+    out[atomicAdd(ticket, 1u)] = static_cast<float>(blockIdx.x);
+}
 
 void block_order(Gpu& gpu) {
     DeviceBuffer<float> out(64);
@@ -176,17 +217,30 @@ int main(int argc, char** argv) {
     const std::vector<Case> cases = {
         {"no_wait", "normal", "", "sum of two tiles: element 0 is -?nan", copy<-1>},
         {"wait_too_weak", "normal", "", "sum of two tiles: element 0 is -?nan", copy<1>},
-        {"no_synchronize", "normal", "SIM_LATE=1", "copied to the host: element 0 is .*nothing has written", no_synchronize},
+        {"product_fence", "normal", "", "product_kernel.*without a wgmma_fence.*@product_fence",
+         product<Product::NoFence>},
+        {"product_commit", "normal", "", "product: element 0 is -?nan", product<Product::NoCommit>},
+        {"product_wait", "normal", "", "product: element 0 is -?nan", product<Product::NoWait>},
+        {"product_tile_reused", "normal", "", "product: element 0 is 0, not 16",
+         product<Product::TileReused>},
+        {"no_synchronize", "normal", "SIM_LATE=1", "copied to the host: element 0 is .*nothing has written",
+         no_synchronize},
         {"pinned_reused", "normal", "SIM_LATE=1", "first buffer: element 0 is 2, not 1", pinned_reused},
         {"no_event", "normal", "SIM_LATE=1", "x \\+ 1: element 0 is -?nan", two_streams<Order::NoEvent>},
-        {"recorded_too_early", "normal", "SIM_LATE=1", "x \\+ 1: element 0 is -?nan", two_streams<Order::RecordedTooEarly>},
-        {"waited_too_early", "normal", "SIM_LATE=1", "x \\+ 1: element 0 is -?nan", two_streams<Order::WaitedTooEarly>},
+        {"recorded_too_early", "normal", "SIM_LATE=1", "x \\+ 1: element 0 is -?nan",
+         two_streams<Order::RecordedTooEarly>},
+        {"waited_too_early", "normal", "SIM_LATE=1", "x \\+ 1: element 0 is -?nan",
+         two_streams<Order::WaitedTooEarly>},
         {"default_stream", "normal", "SIM_LATE=1", "x \\+ 1: element 0 is -?nan", default_stream},
-        {"graph_input_changed", "normal", "SIM_LATE=1", "graph's output: element 0 is 8, not 2", graph_input_changed},
+        {"graph_input_changed", "normal", "SIM_LATE=1", "graph's output: element 0 is 8, not 2",
+         graph_input_changed},
         {"graph_missing_edge", "normal", "SIM_LATE=1", "x \\+ 1: element 0 is -?nan", graph_missing_edge},
-        {"synchronize_in_capture", "normal", "", "@synchronize_in_capture: .*cudaErrorStreamCaptureUnsupported", synchronize_in_capture},
-        {"malloc_in_capture", "normal", "", "@malloc_in_capture: .*cudaErrorStreamCaptureUnsupported", malloc_in_capture},
-        {"unjoined_capture", "normal", "", "@unjoined_capture: .*cudaErrorStreamCaptureUnjoined", unjoined_capture},
+        {"synchronize_in_capture", "normal", "",
+         "@synchronize_in_capture: .*cudaErrorStreamCaptureUnsupported", synchronize_in_capture},
+        {"malloc_in_capture", "normal", "", "@malloc_in_capture: .*cudaErrorStreamCaptureUnsupported",
+         malloc_in_capture},
+        {"unjoined_capture", "normal", "", "@unjoined_capture: .*cudaErrorStreamCaptureUnjoined",
+         unjoined_capture},
         {"block_order", "normal", "SIM_SHUFFLE=1", "block's place: element", block_order},
         {"thread_order", "normal", "SIM_SHUFFLE=1", "sum in the order of threads: element 0", thread_order},
     };

@@ -45,7 +45,8 @@ __global__ void misaligned_async_kernel(float* out) {
 }
 __global__ void async_past_end_kernel(float* out) {
     FloatsShared& s = shared<FloatsShared>();
-    if (threadIdx.x < 16) ptx::cp_async_16(&s.x[4 * threadIdx.x], out + 4 * threadIdx.x);  // BUG async_past_end
+    if (threadIdx.x < 16)
+        ptx::cp_async_16(&s.x[4 * threadIdx.x], out + 4 * threadIdx.x);  // BUG async_past_end
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
 }
@@ -136,7 +137,8 @@ void copy_past_end(Gpu& gpu) {
 void copy_wrong_way(Gpu& gpu) {
     DeviceBuffer<float> p(64);
     std::vector<float> host(64);
-    CUDA_CHECK(cudaMemcpyAsync(host.data(), p.get(), 256, cudaMemcpyHostToDevice, gpu.stream));  // BUG copy_wrong_way
+    float* to = host.data();
+    CUDA_CHECK(cudaMemcpyAsync(to, p.get(), 256, cudaMemcpyHostToDevice, gpu.stream));  // BUG copy_wrong_way
 }
 
 void fresh_device(Gpu& gpu) {
@@ -156,50 +158,74 @@ void last_block_value(Gpu& gpu) {
 int main(int argc, char** argv) {
     const std::vector<Case> cases = {
         {"write_past_end", "memory", "",
-         "@write_past_end.*simulator: kernel .*write_past_end_kernel, block \\(0, 0, 0\\), thread \\(63, 0, 0\\): "
+         "@write_past_end.*simulator: kernel .*write_past_end_kernel, block \\(0, 0, 0\\), thread \\(63, 0, "
+         "0\\): "
          "byte 256 of device memory of 256 bytes, allocated at",
          run<write_past_end_kernel>},
-        {"read_past_end", "memory", "", "@read_past_end.*thread \\(63, 0, 0\\): byte 256 of device memory", run<read_past_end_kernel>},
-        {"write_before_start", "memory", "", "@write_before_start.*thread \\(0, 0, 0\\): byte -4 of device memory",
+        {"read_past_end", "memory", "", "@read_past_end.*thread \\(63, 0, 0\\): byte 256 of device memory",
+         run<read_past_end_kernel>},
+        {"write_before_start", "memory", "",
+         "@write_before_start.*thread \\(0, 0, 0\\): byte -4 of device memory",
          run<write_before_start_kernel>},
-        {"vector_past_end", "memory", "", "@vector_past_end.*thread \\(15, 0, 0\\): byte 256 of device memory",
-         run<vector_past_end_kernel>},
-        {"shared_past_end", "memory", "", "@shared_past_end.*thread \\(63, 0, 0\\): byte 256 of the block's 256 of shared memory",
+        {"vector_past_end", "memory", "",
+         "@vector_past_end.*thread \\(15, 0, 0\\): byte 256 of device memory", run<vector_past_end_kernel>},
+        {"shared_past_end", "memory", "",
+         "@shared_past_end.*thread \\(63, 0, 0\\): byte 256 of the block's 256 of shared memory",
          run<shared_past_end_kernel>},
-        {"async_past_end", "memory", "", "thread \\(15, 0, 0\\): cp.async reads byte 248 of device memory of 248 bytes.*@async_past_end",
+        {"async_past_end", "memory", "",
+         "thread \\(15, 0, 0\\): cp.async reads byte 248 of device memory of 248 bytes.*@async_past_end",
          run<async_past_end_kernel, 62>},
-        {"misaligned", "memory", "", "@misaligned.*misaligned address.*simulator: kernel .*misaligned_kernel", run<misaligned_kernel>},
-        {"index_overflow", "memory", "", "@index_overflow.*signed integer overflow.*simulator: kernel .*index_overflow_kernel",
+        {"misaligned", "memory", "", "@misaligned.*misaligned address.*simulator: kernel .*misaligned_kernel",
+         run<misaligned_kernel>},
+        {"index_overflow", "memory", "",
+         "@index_overflow.*signed integer overflow.*simulator: kernel .*index_overflow_kernel",
          index_overflow},
-        {"use_after_free", "memory", "", "simulator: kernel .*write_past_end_kernel.*device memory of 256 bytes.*, freed at .*memory.cu",
+        {"use_after_free", "memory", "",
+         "simulator: kernel .*write_past_end_kernel.*device memory of 256 bytes.*, freed at .*memory.cu",
          use_after_free},
-        {"write_past_end_fault", "normal", "", "kernel .*thread \\(63, 0, 0\\): bad access to byte 256 of device memory of 256 bytes, allocated at",
+        {"write_past_end_fault", "normal", "",
+         "kernel .*thread \\(63, 0, 0\\): bad access to byte 256 of device memory of 256 bytes, allocated at",
          run<write_past_end_kernel>},
-        {"write_past_end_late", "normal", "", "byte 252 of device memory of 252 bytes, allocated at .*, was written", run<one_too_many_kernel, 63>},
-        {"write_before_start_late", "normal", "", "byte -1 of device memory of 256 bytes, allocated at .*, was written",
+        {"write_past_end_late", "normal", "",
+         "byte 252 of device memory of 252 bytes, allocated at .*, was written",
+         run<one_too_many_kernel, 63>},
+        {"write_before_start_late", "normal", "",
+         "byte -1 of device memory of 256 bytes, allocated at .*, was written",
          run<write_before_start_kernel>},
-        {"shared_past_end_late", "normal", "", "shared_past_end_kernel.*byte 256 of its 256 bytes of shared memory was written",
+        {"shared_past_end_late", "normal", "",
+         "shared_past_end_kernel.*byte 256 of its 256 bytes of shared memory was written",
          run<shared_past_end_kernel>},
-        {"misaligned_cached", "normal", "", "thread \\(0, 0, 0\\): __ldcs of 16 bytes at .*not a multiple of 16 \\(@misaligned_cached\\)",
+        {"misaligned_cached", "normal", "",
+         "thread \\(0, 0, 0\\): __ldcs of 16 bytes at .*not a multiple of 16 \\(@misaligned_cached\\)",
          run<misaligned_cached_kernel>},
-        {"misaligned_async", "normal", "", "thread \\(0, 0, 0\\): cp.async: source .* not a multiple of 16 \\(@misaligned_async\\)",
+        {"misaligned_async", "normal", "",
+         "thread \\(0, 0, 0\\): cp.async: source .* not a multiple of 16 \\(@misaligned_async\\)",
          run<misaligned_async_kernel>},
-        {"wild_pointer", "normal", "", "kernel .*wild_pointer_kernel.*thread \\(0, 0, 0\\): bad access to memory that is not the device's",
+        {"wild_pointer", "normal", "",
+         "kernel .*wild_pointer_kernel.*thread \\(0, 0, 0\\): bad access to memory that is not the device's",
          run<wild_pointer_kernel>},
         {"deep_stack", "normal", "", "kernel .*deep_stack_kernel.*stack overflow", run<deep_stack_kernel>},
-        {"endless", "normal", "SIM_TIMEOUT_S=1", "kernel .*endless_kernel.*thread \\(0, 0, 0\\): for \\d s no thread.*endless loop", endless},
-        {"use_after_free_normal", "normal", "", "kernel .*bad access to byte 0 of device memory of 256 bytes, .*, freed at .*memory.cu",
+        {"endless", "normal", "SIM_TIMEOUT_S=1",
+         "kernel .*endless_kernel.*thread \\(0, 0, 0\\): for \\d s no thread.*endless loop", endless},
+        {"use_after_free_normal", "normal", "",
+         "kernel .*bad access to byte 0 of device memory of 256 bytes, .*, freed at .*memory.cu",
          use_after_free},
-        {"double_free", "normal", "", "cudaFree.*freed already at .*was device memory of 64 bytes, allocated at .*memory.cu.*@double_free",
+        {"double_free", "normal", "",
+         "cudaFree.*freed already at .*was device memory of 64 bytes, allocated at .*memory.cu.*@double_free",
          double_free},
-        {"free_inside", "normal", "", "cudaFree.*not the start of a piece of device memory.*@free_inside", free_inside},
-        {"free_host_as_device", "normal", "", "cudaFree.*not the start of a piece of device memory.*@free_host_as_device", free_host_as_device},
-        {"leak", "normal", "", "1000 bytes, were not freed at exit; .*device memory of 1000 bytes, allocated at .*@leak", leak},
-        {"out_of_memory", "normal", "SIM_MEMORY_BYTES=8388608", "out of device memory: wanted 12582912 bytes", out_of_memory},
+        {"free_inside", "normal", "", "cudaFree.*not the start of a piece of device memory.*@free_inside",
+         free_inside},
+        {"free_host_as_device", "normal", "",
+         "cudaFree.*not the start of a piece of device memory.*@free_host_as_device", free_host_as_device},
+        {"leak", "normal", "",
+         "1000 bytes, were not freed at exit; .*device memory of 1000 bytes, allocated at .*@leak", leak},
+        {"out_of_memory", "normal", "SIM_MEMORY_BYTES=8388608", "out of device memory: wanted 12582912 bytes",
+         out_of_memory},
         {"copy_past_end", "normal", "", "cudaMemcpyAsync.*cudaErrorInvalidValue", copy_past_end},
         {"copy_wrong_way", "normal", "", "@copy_wrong_way: .*cudaErrorInvalidValue", copy_wrong_way},
         {"fresh_device", "normal", "", "in \\+ 1: element 0 is -?nan", fresh_device},
-        {"last_block_value", "normal", "", "value of block 0: element 64 is -?nan, not 1: memory that nothing has written", last_block_value},
+        {"last_block_value", "normal", "",
+         "value of block 0: element 64 is -?nan, not 1: memory that nothing has written", last_block_value},
     };
     return run_cases(cases, argc, argv);
 }

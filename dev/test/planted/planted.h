@@ -1,7 +1,8 @@
 // What the programs of planted bugs share. Each is a list of cases; simulator_test.py builds and runs them:
 //
 //     PROGRAM --list     name, build, environment and the message that must come, a case a line, tabs between
-//     PROGRAM NAME       runs one case; a planted bug must end it with status 1 and that message, a correct one with 0
+//     PROGRAM NAME       runs one case; a planted bug must end it with status 1 and that message,
+//                        a correct one with 0
 //
 // The message is a regular expression in which @NAME stands for FILE:LINE of the line marked "BUG NAME".
 #pragma once
@@ -35,8 +36,8 @@ void expect(const char* what, const T* got, size_t n, Wanted wanted) {
     for (size_t i = 0; i < n; i++) {
         if (got[i] == static_cast<T>(wanted(i))) continue;
         const bool fresh = std::bit_cast<uint32_t>(got[i]) == sim::kPoison;
-        fatal("%s: element %zu is %g, not %g%s", what, i, static_cast<double>(got[i]), static_cast<double>(wanted(i)),
-              fresh ? ": memory that nothing has written yet" : "");
+        fatal("%s: element %zu is %g, not %g%s", what, i, static_cast<double>(got[i]),
+              static_cast<double>(wanted(i)), fresh ? ": memory that nothing has written yet" : "");
     }
 }
 template <class T, class Wanted>

@@ -70,10 +70,8 @@ __global__ void overlapping_tiles_kernel(float* out) {
 }
 
 __global__ void atomic_and_plain_kernel(float* out) {
-    if (blockIdx.x == 0)
-        atomicAdd(out, 1.0f);
-    else if (threadIdx.x == 0)
-        out[0] = 0;  // BUG atomic_and_plain
+    if (blockIdx.x == 0) atomicAdd(out, 1.0f);
+    else if (threadIdx.x == 0) out[0] = 0;  // BUG atomic_and_plain
 }
 
 // "The last block adds up", but without a fence before the ticket.
@@ -183,32 +181,49 @@ void host_read(Gpu&) {
 int main(int argc, char** argv) {
     const std::vector<Case> cases = {
         {"no_barrier", "race", "",
-         "race in kernel .*no_barrier_kernel on byte \\d+ of the block's 512 of shared memory: .* reads at .*@no_barrier",
+         "race in kernel .*no_barrier_kernel on byte \\d+ of the block's 512 of shared memory: .* reads at "
+         ".*@no_barrier",
          run<no_barrier_kernel, 1, 64>},
-        {"no_syncwarp", "race", "", "race in kernel .*no_syncwarp_kernel on .*shared memory.*@no_syncwarp", run<no_syncwarp_kernel, 1, 32>},
-        {"shuffle_is_no_barrier", "race", "", "race in kernel .*shared memory.*@shuffle_is_no_barrier", run<shuffle_is_no_barrier_kernel, 1, 32>},
-        {"syncwarp_too_weak", "race", "", "race in kernel .*shared memory.*@syncwarp_too_weak", run<syncwarp_too_weak_kernel, 1, 64>},
-        {"buffer_reuse", "race", "", "race in kernel .*shared memory.*@buffer_reuse", run<buffer_reuse_kernel, 1, 64>},
+        {"no_syncwarp", "race", "", "race in kernel .*no_syncwarp_kernel on .*shared memory.*@no_syncwarp",
+         run<no_syncwarp_kernel, 1, 32>},
+        {"shuffle_is_no_barrier", "race", "", "race in kernel .*shared memory.*@shuffle_is_no_barrier",
+         run<shuffle_is_no_barrier_kernel, 1, 32>},
+        {"syncwarp_too_weak", "race", "", "race in kernel .*shared memory.*@syncwarp_too_weak",
+         run<syncwarp_too_weak_kernel, 1, 64>},
+        {"buffer_reuse", "race", "", "race in kernel .*shared memory.*@buffer_reuse",
+         run<buffer_reuse_kernel, 1, 64>},
         {"same_element", "race", "",
-         "race in kernel .* on byte 0 of device memory of 4096 bytes, allocated at .*: thread \\(3, 0, 0\\) of block \\(0, 0, 0\\) writes at "
+         "race in kernel .* on byte 0 of device memory of 4096 bytes, allocated at .*: thread \\(3, 0, 0\\) "
+         "of block \\(0, 0, 0\\) writes at "
          ".*@same_element, and thread \\(67, 0, 0\\) of block \\(0, 0, 0\\) writes at .*@same_element",
          run<same_element_kernel, 1, 128>},
         {"two_blocks", "race", "",
-         "race in kernel .* on byte 0 of device memory.*thread \\(0, 0, 0\\) of block \\(0, 0, 0\\) writes.*thread \\(0, 0, 0\\) of block "
+         "race in kernel .* on byte 0 of device memory.*thread \\(0, 0, 0\\) of block \\(0, 0, 0\\) "
+         "writes.*thread \\(0, 0, 0\\) of block "
          "\\(1, 0, 0\\) reads at .*@two_blocks",
          run<two_blocks_kernel, 2, 32>},
-        {"overlapping_tiles", "race", "", "race in kernel .*byte 124 of device memory.*@overlapping_tiles", run<overlapping_tiles_kernel, 3, 32>},
-        {"atomic_and_plain", "race", "", "race in kernel .*writes atomically.*writes at .*@atomic_and_plain", run<atomic_and_plain_kernel, 2, 32>},
+        {"overlapping_tiles", "race", "", "race in kernel .*byte 124 of device memory.*@overlapping_tiles",
+         run<overlapping_tiles_kernel, 3, 32>},
+        {"atomic_and_plain", "race", "", "race in kernel .*writes atomically.*writes at .*@atomic_and_plain",
+         run<atomic_and_plain_kernel, 2, 32>},
         {"no_fence", "race", "", "race in kernel .*device memory.*reads at .*@no_fence", run_no_fence},
-        {"third_warp", "race", "", "race in kernel .*shared memory.*@third_warp", run<third_warp_kernel, 1, 96>},
-        {"ldmatrix_no_barrier", "race", "", "race in kernel .*shared memory.*@ldmatrix_no_barrier", run_ldmatrix},
-        {"async_no_barrier", "race", "", "(race in kernel|kernel) .*async_no_barrier_kernel.*reads at .*@async_no_barrier",
+        {"third_warp", "race", "", "race in kernel .*shared memory.*@third_warp",
+         run<third_warp_kernel, 1, 96>},
+        {"ldmatrix_no_barrier", "race", "", "race in kernel .*shared memory.*@ldmatrix_no_barrier",
+         run_ldmatrix},
+        {"async_no_barrier", "race", "",
+         "(race in kernel|kernel) .*async_no_barrier_kernel.*reads at .*@async_no_barrier",
          run_copy<async_no_barrier_kernel>},
-        {"async_under_way", "race", "", "kernel .*async_under_way_kernel: .*reads at .*@async_under_way.*cp.async is still under way",
+        {"async_under_way", "race", "",
+         "kernel .*async_under_way_kernel: .*reads at .*@async_under_way.*cp.async is still under way",
          run_copy<async_under_way_kernel>},
-        {"fresh_device", "race", "", "kernel .*fresh_device_kernel.*thread \\(0, 0, 0\\): reads memory that nothing has written yet, at .*@fresh_device: byte 0 of device memory",
+        {"fresh_device", "race", "",
+         "kernel .*fresh_device_kernel.*thread \\(0, 0, 0\\): reads memory that nothing has written yet, at "
+         ".*@fresh_device: byte 0 of device memory",
          run_copy<fresh_device_kernel, true>},
-        {"fresh_shared", "race", "", "thread \\(31, 0, 0\\): reads memory that nothing has written yet, at .*@fresh_shared.*shared memory",
+        {"fresh_shared", "race", "",
+         "thread \\(31, 0, 0\\): reads memory that nothing has written yet, at .*@fresh_shared.*shared "
+         "memory",
          run<fresh_shared_kernel, 1, 32>},
         {"host_read", "race", "", "host code reads device memory at .*@host_read", host_read},
     };
