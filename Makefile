@@ -122,15 +122,20 @@ $(LIBSIM): $(SIM_OBJECTS)
 	@rm -f $@
 	ar rcs $@ $^
 
-# A program of the simulator is g++ of the same source; one of the GPU is nvcc's. $(1) precision, $(2) optimizer.
+# A program of the simulator is g++ of the same source; one of the GPU is nvcc's. $(1) precision, $(2) optimizer. Compiling and
+# linking are two steps, so that a new commit's name costs no compilation.
 define PROGRAM_RULES
-build/sim-$(1)-$(2)$(SUFFIX)/%_gpt2: %_gpt2.cu $(HOST_OBJECTS) $(LIBSIM)
+build/sim-$(1)-$(2)$(SUFFIX)/%_gpt2.o: %_gpt2.cu
 	@mkdir -p $$(@D)
-	g++ -x c++ $(SIM_FLAGS) $(FLAGS_$(1)) $(FLAGS_$(2)) -DBUILD_DEVICE='"sim"' -MMD -MP -MF $$@.d $$< -x none $(HOST_OBJECTS) $(LIBSIM) -o $$@ $(SIM_LINK)
-build/gpu-$(1)-$(2)/%_gpt2: %_gpt2.cu $(HOST_OBJECTS)
+	g++ -x c++ $(SIM_FLAGS) $(FLAGS_$(1)) $(FLAGS_$(2)) -DBUILD_DEVICE='"sim"' -MMD -MP -c $$< -o $$@
+build/sim-$(1)-$(2)$(SUFFIX)/%_gpt2: build/sim-$(1)-$(2)$(SUFFIX)/%_gpt2.o $(HOST_OBJECTS) $(LIBSIM)
+	g++ $$(filter %.o %.a,$$^) -o $$@ $(SIM_LINK)
+build/gpu-$(1)-$(2)/%_gpt2.o: %_gpt2.cu
 	@mkdir -p $$(@D)
-	$(NVCC) $(GPU_FLAGS) $(FLAGS_$(1)) $(FLAGS_$(2)) -DBUILD_DEVICE='"gpu"' -MMD -MF $$@.d $$< $(HOST_OBJECTS) -o $$@ $(GPU_LINK) > $$@.ptxas 2>&1 || (cat $$@.ptxas; exit 1)
-	@grep -E 'warning' $$@.ptxas || true
+	$(NVCC) $(GPU_FLAGS) $(FLAGS_$(1)) $(FLAGS_$(2)) -DBUILD_DEVICE='"gpu"' -MMD -MF $$(@:.o=.d) -c $$< -o $$@ > $$(@:.o=.ptxas) 2>&1 || (cat $$(@:.o=.ptxas); exit 1)
+	@grep -E 'warning' $$(@:.o=.ptxas) || true
+build/gpu-$(1)-$(2)/%_gpt2: build/gpu-$(1)-$(2)/%_gpt2.o $(HOST_OBJECTS)
+	$(NVCC) $$(filter %.o,$$^) -o $$@ $(GPU_LINK)
 endef
 define KERNEL_RULES
 build/sim-$(1)$(SUFFIX)/kernels/%: dev/kernels/%.cu $(HOST)/options.o $(HOST)/json.o $(LIBSIM)

@@ -29,16 +29,20 @@
 // walked 1030 cycles of products and 1220 of shared memory, split 1450 and 1150 (computed, not measured). So
 // walking a head is cheaper by about 5 : 6, but heads come in whole waves of resident blocks:
 // plan_walked_heads() walks the whole waves and splits the remainder, or everything when there are few heads.
+//
+// On Hopper attention_backward_sm90.cuh is another way to the same result; kPreferWgmma in attention_tile.cuh
+// chooses. attention_gradient.cuh has what both share.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <ptx.cuh>
+#include "llmc/attention_backward_sm90.cuh"
 #include "llmc/attention_fp32.cuh"
+#include "llmc/attention_gradient.cuh"
 #include "llmc/attention_tile.cuh"
 #include "llmc/launch.cuh"
-#include "llmc/vec.cuh"  // Pack128
 
 namespace attention {
 
@@ -48,70 +52,7 @@ namespace attention {
 inline constexpr int kStepQueries = 32, kStepKeys = 32;
 inline constexpr int kTileKeys = 64;  // keys that come by one cp.async group: two steps, half the barriers
 
-// Column sums over a block's rows are made of 32 rows of partial sums (8 lanes x 4 warps); 8 words of padding
-// let the eight lanes of a column write without a bank conflict.
-using ColumnSums = float[kWarps * 8][kHeadSize + 8];
-
-// What the kernels share: tensors, shapes, and scratch that they don't own.
-struct BackwardArguments {
-    bf16* dqkv;           // (B, T, 3, NH, 64)
-    float* bias_partial;  // (B, key or query blocks, 3, NH, 64): column sums of each block's part of dqkv
-    float2* row_stats;    // (B NH, T rounded up to 128): {L, D} of each query; 0 beyond T
-    const bf16 *dout, *out, *qkv;
-    const float* lse;
-    int T, NH;
-    int first_head;  // heads before it belong to another launch
-
-    __device__ int blocks() const { return (T + kBlockRows - 1) / kBlockRows; }
-    __device__ float2* stats_of(int head) const {
-        return row_stats + static_cast<size_t>(head) * blocks() * kBlockRows;
-    }
-    __device__ HeadRows<bf16> gradient(Which which, int head) const {
-        return packed_rows(dqkv, which, head, T, NH);
-    }
-    __device__ HeadRows<const bf16> input(Which which, int head) const {
-        return packed_rows(qkv, which, head, T, NH);
-    }
-    __device__ float* bias_row(Which which, int head, int block) const {
-        const size_t b = head / NH, h = head % NH;
-        return bias_partial + (((b * blocks() + block) * 3 + which) * NH + h) * kHeadSize;
-    }
-};
-
-// {L, D} of a query, {0, 0} beyond T: there Q, dO are zeros too, so that P = 1, dS = 0, and nothing is added
-// anywhere.
-__device__ inline float2 query_stats(const BackwardArguments& a, int head, int query) {
-    if (query >= a.T) return float2{0.0f, 0.0f};
-    const bf16* o = plain_rows(a.out, head, a.T, a.NH).row(query);
-    const bf16* d_o = plain_rows(a.dout, head, a.T, a.NH).row(query);
-    float dot = 0.0f;
-#pragma unroll  // all sixteen loads at once
-    for (int i = 0; i < kHeadSize; i += Pack128<bf16>::size) {
-        const Pack128<bf16> x = load128(o + i), y = load128(d_o + i);
-#pragma unroll
-        for (int k = 0; k < Pack128<bf16>::size; k++) dot = fmaf(x[k], y[k], dot);
-    }
-    return float2{a.lse[static_cast<size_t>(head) * a.T + query], dot};
-}
-
-// sums[c] = factor x the sum of column c of the accumulators of all warps. The block's threads all come;
-// `partial` must be free, and is again after the next barrier.
-__device__ inline void store_column_sums(float* sums, const float (&c)[2][8][4], float factor,
-                                         ColumnSums& partial) {
-    const int thread = ptx::opaque(threadIdx.x), warp = thread / 32, lane = thread % 32;
-#pragma unroll
-    for (int n = 0; n < 8; n++)
-        *reinterpret_cast<float2*>(&partial[warp * 8 + lane / 4][8 * n + lane % 4 * 2]) =
-            float2{(c[0][n][0] + c[0][n][2]) + (c[1][n][0] + c[1][n][2]),
-                   (c[0][n][1] + c[0][n][3]) + (c[1][n][1] + c[1][n][3])};
-    __syncthreads();
-    if (thread < kHeadSize) {
-        float sum = 0.0f;
-#pragma unroll 8
-        for (int i = 0; i < kWarps * 8; i++) sum += partial[i][thread];
-        sums[thread] = sum * factor;
-    }
-}
+using ColumnSums = PartialColumnSums<kWarps>;
 
 // ---- by key blocks: dK, dV, and in the walked scheme dQ ---------------------------------------------------
 
@@ -503,11 +444,11 @@ struct BackwardScratch {
     }
 };
 
-// The two builds' versions of attention_backward below; walked_heads < 0 leaves the plan to
-// plan_walked_heads().
+// The two builds' versions of attention_backward below, for the tests: products and walked_heads, how many
+// heads mma.sync walks; < 0 leaves it to plan_walked_heads().
 inline void backward(bf16* dqkv, float* dqkv_bias, float* scratch, const bf16* dout, const bf16* out,
                      const bf16* qkv, const float* lse, int B, int T, int NH, Write write_bias, Gpu& gpu,
-                     int walked_heads = -1) {
+                     Products products = Products::Preferred, int walked_heads = -1) {
     const BackwardScratch plan(B, T, NH, gpu);
     const int heads = B * NH, blocks = static_cast<int>(ceil_div(T, kBlockRows)), width = 3 * NH * kHeadSize;
     float* dq = scratch;
@@ -515,13 +456,15 @@ inline void backward(bf16* dqkv, float* dqkv_bias, float* scratch, const bf16* d
     float* bias_partial = row_stats + plan.row_stats;
     BackwardArguments a{dqkv, bias_partial, reinterpret_cast<float2*>(row_stats), dout, out, qkv, lse, T, NH,
                         0};
-    const int walked = walked_heads < 0 ? plan_walked_heads(heads, plan.resident) : walked_heads;
+    const bool wgmma = use_wgmma(products, gpu);
+    const int walked = wgmma ? 0 : walked_heads < 0 ? plan_walked_heads(heads, plan.resident) : walked_heads;
+    if (wgmma) backward_sm90(a, heads, gpu);
     if (walked > 0) {
         const int grid = walked < plan.resident ? walked : plan.resident;
         launch<WalkShared>(attention_backward_walk_kernel, {grid, kThreads}, gpu, a,
                            reinterpret_cast<float4*>(dq), walked);
     }
-    if (walked < heads) {
+    if (!wgmma && walked < heads) {
         const int64_t grid = static_cast<int64_t>(heads - walked) * blocks;
         a.first_head = walked;
         launch<QueryBlockShared>(attention_backward_queries_kernel, {grid, kThreads}, gpu, a);
@@ -533,7 +476,7 @@ inline void backward(bf16* dqkv, float* dqkv_bias, float* scratch, const bf16* d
 
 inline void backward(float* dqkv, float* dqkv_bias, float* scratch, const float* dout, const float* out,
                      const float* qkv, const float* lse, int B, int T, int NH, Write write_bias, Gpu& gpu,
-                     int /*walked_heads*/ = -1) {
+                     Products = Products::Preferred, int /*walked_heads*/ = -1) {
     const int width = 3 * NH * kHeadSize;
     const size_t rows = static_cast<size_t>(B) * T;
     const int64_t blocks = ceil_div(T, kRowThreads) * B * NH;

@@ -17,8 +17,8 @@
 // Q is read once, into registers. K and V tiles come by cp.async into two stages, the next one while this one
 // is used: one barrier a tile.
 //
-// Softmax is the online one: a running maximum and sum for each row, the sums rescaled when the maximum
-// grows.
+// Softmax is the online one of attention_softmax.cuh. On Hopper attention_forward_sm90.cuh is a second way to
+// the same result; kPreferWgmma in attention_tile.cuh chooses.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -26,6 +26,8 @@
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 #include "llmc/attention_fp32.cuh"  // attention_forward_fp32_kernel
+#include "llmc/attention_forward_sm90.cuh"
+#include "llmc/attention_softmax.cuh"
 #include "llmc/attention_tile.cuh"
 #include "llmc/launch.cuh"
 
@@ -40,72 +42,6 @@ struct ForwardShared {  // 48 KB: two blocks an SM on every GPU from sm_80
         Tile<kKeys> k, v;
     } stage[2];
 };
-
-// Scores -> probabilities relative to 2^reference, in place; o and sum (this lane's share of the row sums)
-// follow the reference. A row's reference moves to its true maximum only when that has outgrown it by 2^8: P
-// stays below 256, where bf16 and the fp32 sums are as good as below 1, and after the first tiles hardly a
-// warp rescales (FlashAttention-4 does the same). Each row decides for itself, so that its bits don't depend
-// on its neighbours. All is finite: the first tile holds key 0, which every query sees.
-template <int kM, int kTiles>
-__device__ inline void softmax_step(float (&scores)[kM][kTiles][4], float (&o)[kM][8][4],
-                                    float (&reference)[kM][2], float (&sum)[kM][2]) {
-    constexpr float kGrowth = 8.0f;
-    float top[kM][2];
-    bool grew = false;
-#pragma unroll
-    for (int m = 0; m < kM; m++)
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            float x = -INFINITY;
-#pragma unroll
-            for (int n = 0; n < kTiles; n++)
-                x = fmaxf(x, fmaxf(scores[m][n][2 * j], scores[m][n][2 * j + 1]));
-            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));  // the four lanes of a row
-            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-            top[m][j] = x * kScaleLog2;
-            grew = grew || top[m][j] > reference[m][j] + kGrowth;
-        }
-    if (__any_sync(0xffffffffu, grew)) {
-#pragma unroll
-        for (int m = 0; m < kM; m++)
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const float next = top[m][j] > reference[m][j] + kGrowth ? top[m][j] : reference[m][j];
-                const float correction = ptx::ex2(reference[m][j] - next);  // 2^-inf = 0 on the first tile
-                reference[m][j] = next;
-                sum[m][j] *= correction;
-#pragma unroll
-                for (int n = 0; n < 8; n++) o[m][n][2 * j] *= correction, o[m][n][2 * j + 1] *= correction;
-            }
-    }
-#pragma unroll
-    for (int m = 0; m < kM; m++)
-#pragma unroll
-        for (int n = 0; n < kTiles; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                scores[m][n][e] = ptx::ex2(fmaf(scores[m][n][e], kScaleLog2, -reference[m][e / 2]));
-                sum[m][e / 2] += scores[m][n][e];
-            }
-}
-
-// inverse = 1 / the whole row sums, and L of the warp's rows, the first of them `query`, goes to lse (T).
-template <int kM>
-__device__ inline void finish_softmax(float (&inverse)[kM][2], float* lse, int query, int T,
-                                      const float (&reference)[kM][2], const float (&sum)[kM][2]) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int m = 0; m < kM; m++)
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            float total = sum[m][j];
-            total += __shfl_xor_sync(0xffffffffu, total, 1);
-            total += __shfl_xor_sync(0xffffffffu, total, 2);
-            inverse[m][j] = 1.0f / total;
-            const int row = query + 16 * m + 8 * j + lane / 4;
-            if (row < T && lane % 4 == 0) lse[row] = reference[m][j] + log2f(total);
-        }
-}
 
 // Grid: the query blocks of a head, longest first, head by head, so that the blocks that run together share K
 // and V in L2.
@@ -158,12 +94,15 @@ attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH) 
     store_rows(plain_rows(out, head, T, NH), warp_query, T, s.q, warp_row, o, inverse);
 }
 
-// The two builds' versions of attention_forward below; the tests call both.
-inline void forward(bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, Gpu& gpu) {
+// The two builds' versions of attention_forward below; the tests call every one.
+inline void forward(bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, Gpu& gpu,
+                    Products products = Products::Preferred) {
+    if (use_wgmma(products, gpu)) return forward_sm90(out, lse, qkv, B, T, NH, gpu);
     const int64_t blocks = ceil_div(T, kQueries) * B * NH;
     launch<ForwardShared>(attention_forward_kernel, {blocks, kThreads}, gpu, out, lse, qkv, T, NH);
 }
-inline void forward(float* out, float* lse, const float* qkv, int B, int T, int NH, Gpu& gpu) {
+inline void forward(float* out, float* lse, const float* qkv, int B, int T, int NH, Gpu& gpu,
+                    Products = Products::Preferred) {
     const int64_t blocks = ceil_div(T, kRowThreads) * B * NH;
     launch(attention_forward_fp32_kernel, {blocks, kRowThreads}, gpu, out, lse, qkv, T, NH);
 }

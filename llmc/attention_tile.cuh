@@ -27,6 +27,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <ptx.cuh>
+#include "llmc/gpu.cuh"
 
 namespace attention {
 
@@ -40,6 +41,16 @@ inline constexpr int kWarps = 4;  // two blocks an SM at up to 255 registers a t
 inline constexpr int kThreads = 32 * kWarps;
 inline constexpr int kWarpRows = 32;                   // rows of a product that a warp owns
 inline constexpr int kBlockRows = kWarps * kWarpRows;  // queries or keys that a block owns
+
+// Which tensor-core products a launch uses: mma.sync runs from sm_80 on, wgmma on compute capability 9.0.
+// Without a GPU to measure it on, wgmma isn't the default; this word makes it so on Hopper, forward and
+// backward. A build that runs there has code for sm_90a: ptx.cuh refuses sm_90 without the a.
+inline constexpr bool kPreferWgmma = false;
+enum class Products { Preferred, MmaSync, Wgmma };
+inline bool use_wgmma(Products products, const Gpu& gpu) {
+    if (products != Products::Preferred) return products == Products::Wgmma;
+    return kPreferWgmma && gpu.properties.major == 9;
+}
 
 enum Which { kQuery = 0, kKey = 1, kValue = 2 };
 

@@ -102,16 +102,32 @@ __device__ inline void barrier_sync(int id, int threads) {
 // ---- sm_90a: products of a warpgroup ----------------------------------------------------------------------
 //
 // Four consecutive warps, the first a multiple of 4, multiply together; warp w of them has rows 16 w .. 16 w
-// + 15 of the left operand and the result, both laid out as in mma_m16n8k16. The right operand is read from
-// shared memory by the tensor core itself: a tile of 128-byte rows from a 1024-byte boundary on, whose row r
-// keeps its 16-byte chunk c at place c ^ (r % 8) (PTX ISA, "128-Byte swizzling mode"). Built for other
-// architectures they trap.
+// + 15 of the result, laid out as in mma_m16n8k16, and of the left operand where that lies in registers. What
+// is read from shared memory, the tensor core reads itself: tiles of 128-byte rows from a 1024-byte boundary
+// on, whose row r keeps its 16-byte chunk c at place c ^ (r % 8) (PTX ISA, "128-Byte swizzling mode").
+//
+// Products are started, closed into groups by wgmma_commit, and done after the wgmma_wait that covers their
+// group. Until then the kernel leaves the accumulators and the tiles alone; left operands in registers are
+// values, which the compiler keeps as long as they are read. Built for other architectures the words trap, and
+// sm_90 without the a is refused: there only the launch could tell.
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "compile for sm_90a instead of sm_90 (make GPU_ARCH=90a): Hopper's tensor-core words exist only there"
+#endif
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define PTX_SM90A(...) asm volatile(__VA_ARGS__)
 #else
 #define PTX_SM90A(...) __trap()
 #endif
+// The 32 registers of d (64, 64) as operands %0 .. %31, and their names in the instruction.
+#define PTX_OUT8(d, n)                                                                              \
+    "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3]), "+f"(d[n + 1][0]), "+f"(d[n + 1][1]), \
+        "+f"(d[n + 1][2]), "+f"(d[n + 1][3])
+#define PTX_OUT(d) PTX_OUT8(d, 0), PTX_OUT8(d, 2), PTX_OUT8(d, 4), PTX_OUT8(d, 6)
+#define PTX_OUT_NAMES                                                                               \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+#define PTX_WGMMA "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " PTX_OUT_NAMES
 
 // Ordinary and cp.async writes of this thread to shared memory before it are seen by warpgroup products after
 // it (and after a barrier, where other threads start them). (fence.proxy.async)
@@ -123,25 +139,18 @@ __device__ inline void wgmma_fence() { PTX_SM90A("wgmma.fence.sync.aligned;" :::
 // Closes the group of the warpgroup's products since the last commit. (wgmma.commit_group)
 __device__ inline void wgmma_commit() { PTX_SM90A("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits for all groups. d stands for the accumulators that are complete after it: none of their uses moves
-// before it, which the compiler would do, since it takes a product for done when it is started.
-// (wgmma.wait_group)
-__device__ inline void wgmma_wait_all(float (&d)[8][4]) {
-    PTX_SM90A("wgmma.wait_group.sync.aligned 0;"
-        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
-          "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
-          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
-          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
-          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
-          "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
-          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
-          "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-        :
-        : "memory");
+// Waits until at most N of the newest groups are still under way. d stands for accumulators that are complete
+// after it: none of their uses moves before it, which the compiler would do, since it takes a product for done
+// when it is started. Where a wait completes several, each is named by a wait of its own. (wgmma.wait_group)
+template <int N>
+__device__ inline void wgmma_wait(float (&d)[8][4]) {
+    PTX_SM90A("wgmma.wait_group.sync.aligned %32;" : PTX_OUT(d) : "n"(N) : "memory");
 }
+__device__ inline void wgmma_wait_all(float (&d)[8][4]) { wgmma_wait<0>(d); }
 
 // The matrix descriptor of a tile's block that starts at `block`: address / 16 in bits 0 .. 13, 1024 bytes
-// from eight rows to the next eight in bits 32 .. 45, swizzle mode 1 (128 bytes) in bits 62 .. 63. (PTX ISA,
+// from eight rows to the next eight in bits 32 .. 45, swizzle mode 1 (128 bytes) in bits 62 .. 63; the leading
+// offset in bits 16 .. 29 isn't read, since no operand here is wider than a row of 128 bytes. (PTX ISA,
 // "Matrix Descriptor Format")
 __device__ inline uint64_t matrix_descriptor(const void* block) {
     return static_cast<uint64_t>(shared_address(block) >> 4 & 0x3fff) | uint64_t{1} << 16 |
@@ -149,45 +158,37 @@ __device__ inline uint64_t matrix_descriptor(const void* block) {
 }
 
 // d (64, 64) = or, kAdd, += a (64, 16) times the transpose of the tile's block of 64 rows and 16 columns from
-// `column` on. Starts the product; it is done after wgmma_commit and wgmma_wait_all.
-// (wgmma.mma_async.m64n64k16, B K-major)
+// `column` on. (wgmma.mma_async.m64n64k16, A in registers, B K-major)
 template <bool kAdd>
 __device__ inline void wgmma_transposed(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile,
                                         int column) {
-    PTX_SM90A("{ .reg .pred add; setp.ne.b32 add, %37, 0; "
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, add, 1, 1, 0; }"
-        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
-          "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
-          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
-          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
-          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
-          "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
-          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
-          "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(tile + 2 * column)),
-          "n"(kAdd ? 1 : 0));
+    PTX_SM90A("{ .reg .pred add; setp.ne.b32 add, %37, 0; " PTX_WGMMA "{%32, %33, %34, %35}, %36, add, 1, 1, 0; }"
+              : PTX_OUT(d)
+              : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(tile + 2 * column)),
+                "n"(kAdd ? 1 : 0));
 }
 
 // d (64, 64) += a (64, 16) times the tile's 16 rows from `row` on, 64 columns. (the same, B MN-major)
 __device__ inline void wgmma(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile, int row) {
-    PTX_SM90A("{ .reg .pred add; setp.ne.b32 add, %37, 0; "
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, add, 1, 1, 1; }"
-        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
-          "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
-          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
-          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
-          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
-          "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
-          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
-          "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(tile + 128 * row)), "n"(1));
+    PTX_SM90A("{ .reg .pred add; setp.ne.b32 add, %37, 0; " PTX_WGMMA "{%32, %33, %34, %35}, %36, add, 1, 1, 1; }"
+              : PTX_OUT(d)
+              : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(tile + 128 * row)), "n"(1));
 }
+
+// d (64, 64) = or, kAdd, += 16 columns from `column` on of the 64 rows at `left` times the transpose of those
+// of the 64 rows at `right`. (the same, A in shared memory, A and B K-major)
+template <bool kAdd>
+__device__ inline void wgmma_tiles(float (&d)[8][4], const unsigned char* left, const unsigned char* right,
+                                   int column) {
+    PTX_SM90A("{ .reg .pred add; setp.ne.b32 add, %34, 0; " PTX_WGMMA "%32, %33, add, 1, 1, 0, 0; }"
+              : PTX_OUT(d)
+              : "l"(matrix_descriptor(left + 2 * column)), "l"(matrix_descriptor(right + 2 * column)),
+                "n"(kAdd ? 1 : 0));
+}
+#undef PTX_WGMMA
+#undef PTX_OUT_NAMES
+#undef PTX_OUT
+#undef PTX_OUT8
 #undef PTX_SM90A
 
 }  // namespace ptx

@@ -1,5 +1,5 @@
-// Test and bench of llmc/attention_forward.cuh, attention_forward_sm90.cuh (on a GPU of compute capability 9,
-// and in the simulator) and attention_backward.cuh.
+// Test and bench of llmc/attention_forward.cuh and attention_backward.cuh by mma.sync, and of their _sm90.cuh
+// by wgmma (on a GPU of compute capability 9.0, and in the simulator).
 //
 // The reference is attention in double precision from the same (rounded) inputs. With it goes an error bound
 // for every element, made of what the kernels do, u the unit roundoff of floatX (of the P and dS operands and
@@ -21,7 +21,6 @@
 #include "dev/kernels/harness.h"
 #include "llmc/attention_backward.cuh"
 #include "llmc/attention_forward.cuh"
-#include "llmc/attention_forward_sm90.cuh"
 
 namespace {
 
@@ -208,8 +207,28 @@ struct Tensors {
     DeviceBuffer<float> lse, bias, scratch;
 };
 
-// Runs forward and backward into poisoned memory; walked_heads as in attention::backward, ignored in fp32.
-Tensors run(Harness& h, const Shape& s, const floatX* qkv, const floatX* dout, int walked_heads,
+// A way to compute attention: the kernels' products and how many heads backward walks, or what the program
+// gets.
+struct Variant {
+    const char* name;
+    attention::Products products;
+    int walked_heads;  // -1: by plan_walked_heads()
+};
+constexpr Variant kPreferred{"", attention::Products::Preferred, -1};
+
+// wgmma runs in bf16 on compute capability 9.0, for which these programs are built as sm_90a.
+bool has_wgmma(const Harness& h) { return kIsBf16 && h.gpu.properties.major == 9; }
+
+std::vector<Variant> variants(const Harness& h, const Shape& s) {
+    using attention::Products;
+    if (!kIsBf16) return {kPreferred};
+    std::vector<Variant> list{{" walked", Products::MmaSync, s.B * s.NH}, {" split", Products::MmaSync, 0}};
+    if (has_wgmma(h)) list.push_back({" wgmma", Products::Wgmma, -1});
+    return list;
+}
+
+// Runs forward and backward into poisoned memory; what the program gets, by the calls that it makes.
+Tensors run(Harness& h, const Shape& s, const floatX* qkv, const floatX* dout, const Variant& v,
             const float* bias_before) {
     Tensors t;
     t.out = h.poisoned<floatX>(s.out());
@@ -217,65 +236,51 @@ Tensors run(Harness& h, const Shape& s, const floatX* qkv, const floatX* dout, i
     t.lse = h.poisoned<float>(s.lse());
     t.bias = h.poisoned<float>(s.width());
     t.scratch = h.poisoned<float>(attention_backward_scratch_floats(s.B, s.T, s.NH, h.gpu));
-    attention_forward(t.out, t.lse, qkv, s.B, s.T, s.NH, h.gpu);
     const Write write = bias_before ? Write::Add : Write::Assign;
     if (bias_before)
         CUDA_CHECK(cudaMemcpyAsync(t.bias.get(), bias_before, t.bias.bytes(), cudaMemcpyDeviceToDevice,
                                    h.gpu.stream));
-    attention::backward(t.dqkv.get(), t.bias, t.scratch, dout, t.out.get(), qkv, t.lse, s.B, s.T, s.NH, write,
-                        h.gpu, walked_heads);
-    return t;
-}
-
-// forward_sm90 is there in bf16 builds for sm_90a.
-bool has_sm90(const Harness& h) {
-    return kIsBf16 && h.gpu.properties.major == 9;
-}
-
-template <class X>
-void test_forward_sm90(Harness& h, const Shape& s, const X* qkv, const Reference& want,
-                       const std::string& note) {
-    if constexpr (sizeof(X) == 2) {
-        const DeviceBuffer<X> out = h.poisoned<X>(s.out()), again = h.poisoned<X>(s.out());
-        const DeviceBuffer<float> lse = h.poisoned<float>(s.lse());
-        attention::forward_sm90(out, lse, qkv, s.B, s.T, s.NH, h.gpu);
-        attention::forward_sm90(again, lse, qkv, s.B, s.T, s.NH, h.gpu);
-        compare(h, s.text() + note + " out by wgmma", h.to_host(out.get(), s.out()), want.out, note.empty());
-        compare(h, s.text() + note + " lse by wgmma", h.to_host(lse.get(), s.lse()), want.lse, false);
-        h.same_bits(s.text() + note + " out by wgmma twice", h.to_host(out.get(), s.out()),
-                    h.to_host(again.get(), s.out()));
+    if (v.products == attention::Products::Preferred && v.walked_heads < 0) {
+        attention_forward(t.out, t.lse, qkv, s.B, s.T, s.NH, h.gpu);
+        attention_backward(t.dqkv, t.bias, t.scratch, dout, t.out, qkv, t.lse, s.B, s.T, s.NH, write, h.gpu);
+    } else {
+        attention::forward(t.out.get(), t.lse, qkv, s.B, s.T, s.NH, h.gpu, v.products);
+        attention::backward(t.dqkv.get(), t.bias, t.scratch, dout, t.out.get(), qkv, t.lse, s.B, s.T, s.NH,
+                            write, h.gpu, v.products, v.walked_heads);
     }
+    return t;
 }
 
 void test_against_reference(Harness& h, const Shape& s, double deviation, const std::string& note = "") {
     const std::vector<floatX> qkv = h.random<floatX>(s.qkv(), deviation), dout = h.random<floatX>(s.out());
     const Reference want(s, qkv, dout);
     const DeviceBuffer<floatX> qkv_d = h.to_device(qkv), dout_d = h.to_device(dout);
-    const int heads = s.B * s.NH;
-    if (has_sm90(h)) test_forward_sm90(h, s, qkv_d.get(), want, note);
-    for (int walked : kIsBf16 ? std::vector<int>{heads, 0} : std::vector<int>{0}) {
-        const std::string name = s.text() + (!kIsBf16 ? "" : walked ? " walked" : " split") + note;
+    for (const Variant& v : variants(h, s)) {
+        const std::string name = s.text() + v.name + note;
         const bool check_norm = kIsBf16 && note.empty();
-        const Tensors t = run(h, s, qkv_d, dout_d, walked, nullptr);
-        if (walked == 0) {
-            compare(h, s.text() + note + " out", h.to_host(t.out.get(), s.out()), want.out, check_norm);
-            compare(h, s.text() + note + " lse", h.to_host(t.lse.get(), s.lse()), want.lse, false);
-        }
+        const Tensors t = run(h, s, qkv_d, dout_d, v, nullptr);
+        compare(h, name + " out", h.to_host(t.out.get(), s.out()), want.out, check_norm);
+        compare(h, name + " lse", h.to_host(t.lse.get(), s.lse()), want.lse, false);
         compare(h, name + " dqkv", h.to_host(t.dqkv.get(), s.qkv()), want.dqkv, check_norm);
         compare(h, name + " dqkv_bias", h.to_host(t.bias.get(), s.width()), want.bias, check_norm);
     }
 }
 
-// The same bits twice, for every share of walked heads, and Add adds to what was there.
+// The same bits twice, for every variant and what the program gets, and Add adds to what was there.
 void test_determinism(Harness& h, const Shape& s) {
     const DeviceBuffer<floatX> qkv = h.to_device(h.random<floatX>(s.qkv())),
                                dout = h.to_device(h.random<floatX>(s.out()));
     const std::vector<float> before = h.random<float>(s.width());
     const DeviceBuffer<float> before_d = h.to_device(before);
-    for (int walked : kIsBf16 ? std::vector<int>{-1, 0, 1, s.B * s.NH} : std::vector<int>{0}) {
-        const Tensors a = run(h, s, qkv, dout, walked, nullptr), b = run(h, s, qkv, dout, walked, nullptr);
-        const Tensors added = run(h, s, qkv, dout, walked, before_d);
-        const std::string name = s.text() + ", walked heads " + std::to_string(walked) + ": ";
+    std::vector<Variant> list = variants(h, s);
+    if (kIsBf16) {
+        list.push_back(kPreferred);
+        list.push_back({" one head walked", attention::Products::MmaSync, 1});
+    }
+    for (const Variant& v : list) {
+        const Tensors a = run(h, s, qkv, dout, v, nullptr), b = run(h, s, qkv, dout, v, nullptr);
+        const Tensors added = run(h, s, qkv, dout, v, before_d);
+        const std::string name = s.text() + v.name + ": ";
         const std::vector<float> bias = h.to_host(a.bias.get(), s.width());
         h.same_bits(name + "out twice", h.to_host(a.out.get(), s.out()), h.to_host(b.out.get(), s.out()));
         h.same_bits(name + "lse twice", h.to_host(a.lse.get(), s.lse()), h.to_host(b.lse.get(), s.lse()));
@@ -301,9 +306,8 @@ void test_causality(Harness& h, const Shape& s, int t) {
             }
     const DeviceBuffer<floatX> qkv_d = h.to_device(qkv), other_d = h.to_device(other),
                                dout_d = h.to_device(dout);
-    for (int walked : kIsBf16 ? std::vector<int>{s.B * s.NH, 0} : std::vector<int>{0}) {
-        const Tensors a = run(h, s, qkv_d, dout_d, walked, nullptr),
-                      b = run(h, s, other_d, dout_d, walked, nullptr);
+    for (const Variant& v : variants(h, s)) {
+        const Tensors a = run(h, s, qkv_d, dout_d, v, nullptr), b = run(h, s, other_d, dout_d, v, nullptr);
         const auto out_a = h.to_host(a.out.get(), s.out()), out_b = h.to_host(b.out.get(), s.out());
         const auto grad_a = h.to_host(a.dqkv.get(), s.qkv()), grad_b = h.to_host(b.dqkv.get(), s.qkv());
         bool same = true, zero = true;
@@ -321,8 +325,7 @@ void test_causality(Harness& h, const Shape& s, int t) {
                             zero = zero && x == 0.0f && y == 0.0f;
                         }
                     }
-        const std::string name =
-            s.text() + (walked ? " walked" : " split") + " from " + std::to_string(t) + ": ";
+        const std::string name = s.text() + v.name + " from " + std::to_string(t) + ": ";
         h.check(name + "the future changes nothing", same);
         h.check(name + "no gradient after the last dO", zero);
     }
@@ -345,7 +348,7 @@ void test_key_shift(Harness& h, const Shape& s) {
             }
     const Reference plain(s, qkv, dout), moved(s, shifted, dout);
     const DeviceBuffer<floatX> shifted_d = h.to_device(shifted), dout_d = h.to_device(dout);
-    const Tensors t = run(h, s, shifted_d, dout_d, 0, nullptr);
+    const Tensors t = run(h, s, shifted_d, dout_d, kPreferred, nullptr);
     Bounded want = plain.out;
     want.bound = moved.out.bound;  // the larger scores' bounds, around the unshifted values
     compare(h, s.text() + " keys shifted: out unchanged", h.to_host(t.out.get(), s.out()), want, false);
@@ -378,35 +381,26 @@ void test(Harness& h) {
 
 // ---- bench ------------------------------------------------------------------------------------------------
 
-template <class X>
-void bench_forward_sm90(Harness& h, const Shape& s, const std::string& what, X* out, float* lse,
-                        const X* qkv) {
-    if constexpr (sizeof(X) == 2)
-        h.report(what, h.median_us([&] { attention::forward_sm90(out, lse, qkv, s.B, s.T, s.NH, h.gpu); }),
-                 4.0 * s.out() * sizeof(X), 2.0 * s.heads() * s.T * s.T * kD);
-}
-
 // FLOP of the products, causal counted half: two products of T x T x 64 forward, five backward (seven in the
 // split scheme, of which five count).
 void bench(Harness& h, const Shape& s, const char* model) {
     const DeviceBuffer<floatX> qkv = h.to_device(h.random<floatX>(s.qkv())),
                                dout = h.to_device(h.random<floatX>(s.out()));
-    const Tensors t = run(h, s, qkv, dout, -1, nullptr);
+    const Tensors t = run(h, s, qkv, dout, kPreferred, nullptr);
     const double products = static_cast<double>(s.heads()) * s.T * s.T * kD;
     const double element = sizeof(floatX), n = static_cast<double>(s.out());
     const std::string name = std::string(model) + " " + s.text();
-    h.report(name + " forward",
-             h.median_us([&] { attention_forward(t.out, t.lse, qkv, s.B, s.T, s.NH, h.gpu); }),
-             4 * n * element, 2 * products);
-    if (has_sm90(h)) bench_forward_sm90(h, s, name + " forward, wgmma", t.out.get(), t.lse, qkv.get());
-    using Scheme = std::pair<const char*, int>;
-    const std::vector<Scheme> schemes{
-        {" backward", -1}, {" backward, all walked", s.B * s.NH}, {" backward, all split", 0}};
-    for (const auto& [scheme, walked] : schemes) {
-        if (!kIsBf16 && walked >= 0) continue;  // fp32 has one scheme
-        h.report(name + scheme, h.median_us([&, w = walked] {
+    std::vector<Variant> list = variants(h, s);
+    if (kIsBf16) list.insert(list.begin(), kPreferred);
+    for (const Variant& v : list) {
+        if (v.walked_heads != 0)  // the schemes of mma.sync have one forward
+            h.report(name + v.name + " forward", h.median_us([&] {
+                attention::forward(t.out.get(), t.lse, qkv.get(), s.B, s.T, s.NH, h.gpu, v.products);
+            }),
+                     4 * n * element, 2 * products);
+        h.report(name + v.name + " backward", h.median_us([&] {
             attention::backward(t.dqkv.get(), t.bias, t.scratch, dout.get(), t.out.get(), qkv.get(), t.lse,
-                                s.B, s.T, s.NH, Write::Assign, h.gpu, w);
+                                s.B, s.T, s.NH, Write::Assign, h.gpu, v.products, v.walked_heads);
         }),
                  8 * n * element, 5 * products);
     }

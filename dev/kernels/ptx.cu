@@ -172,6 +172,140 @@ void test_ldmatrix(Harness& h) {
     h.check("ldmatrix_x4_trans", right_transposed);
 }
 
+// ---- warpgroup products, sm_90a (9.7.14: register fragments, 128-byte swizzling) --------------------------
+
+constexpr int kGroup = 128, kTile = 64;  // threads; rows and columns of the tile in shared memory
+
+struct TileShared {
+    alignas(1024) unsigned char bytes[kTile * 128];
+};
+
+// d (64, 64) = a[0] times the transpose of tile[:, 16 .. 31], then += a[1] tile[32 .. 47, :], two groups.
+__global__ void warpgroup_kernel(float* d, const uint32_t* a, const uint16_t* tile) {
+    TileShared& s = shared<TileShared>();
+    const int thread = threadIdx.x;
+    for (int i = thread; i < kTile * kTile; i += kGroup) {
+        int offset = i * 2;  // of the plain tile; bits 4 .. 6 are combined with bits 7 .. 9
+        offset ^= (offset >> 7 & 7) << 4;
+        memcpy(s.bytes + offset, tile + i, 2);
+    }
+    ptx::fence_async_proxy();
+    __syncthreads();
+    uint32_t ra[2][4];
+    for (int i = 0; i < 8; i++) ra[i / 4][i % 4] = a[thread * 8 + i];
+    float rd[8][4];
+    ptx::wgmma_fence();
+    ptx::wgmma_transposed<false>(rd, ra[0], s.bytes, 16);
+    ptx::wgmma_transposed<true>(rd, ra[1], s.bytes, 0);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait_all(rd);
+    ptx::wgmma_fence();
+    ptx::wgmma(rd, ra[1], s.bytes, 32);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait_all(rd);
+    for (int i = 0; i < 32; i++) d[thread * 32 + i] = rd[i / 4][i % 4];
+}
+
+// Small integers, so that every sum is exact.
+void test_warpgroup(Harness& h) {
+    const std::vector<int> r = h.random_ints(2 * kTile * 16 + kTile * kTile, 15);
+    auto left = [&](int which, int row, int k) { return r[(which * kTile + row) * 16 + k] - 7; };
+    auto right = [&](int row, int column) { return r[2 * kTile * 16 + row * kTile + column] - 7; };
+    std::vector<uint32_t> a(kGroup * 8, 0);
+    std::vector<uint16_t> tile(kTile * kTile);
+    for (int thread = 0; thread < kGroup; thread++)
+        for (int which = 0; which < 2; which++)
+            for (int i = 0; i < 8; i++) {
+                const int row = thread / 32 * 16 + a_row(thread % 32, i), k = a_column(thread % 32, i);
+                a[thread * 8 + which * 4 + i / 2] |= half_of(static_cast<float>(left(which, row, k)))
+                                                     << (16 * (i % 2));
+            }
+    for (int i = 0; i < kTile * kTile; i++)
+        tile[i] = static_cast<uint16_t>(half_of(static_cast<float>(right(i / kTile, i % kTile))));
+    auto device_a = h.to_device(a);
+    auto device_tile = h.to_device(tile);
+    auto device_d = h.poisoned<float>(kGroup * 32);
+    launch<TileShared>(warpgroup_kernel, {1, kGroup}, h.gpu, device_d.get(), device_a.get(),
+                       device_tile.get());
+    const auto d = h.to_host(device_d.get(), kGroup * 32);
+    bool exact = true;
+    for (int thread = 0; thread < kGroup; thread++)
+        for (int i = 0; i < 32; i++) {
+            const int lane = thread % 32, row = thread / 32 * 16 + lane / 4 + (i % 4 < 2 ? 0 : 8);
+            const int column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
+            int want = 0;
+            for (int k = 0; k < 16; k++)
+                want += left(0, row, k) * right(column, 16 + k) + left(1, row, k) * right(column, k) +
+                        left(1, row, k) * right(32 + k, column);
+            exact &= d[thread * 32 + i] == static_cast<float>(want);
+        }
+    h.check("wgmma, wgmma_transposed: integers, exact", exact);
+}
+
+struct TwoTilesShared {
+    alignas(1024) unsigned char bytes[2][kTile * 128];
+};
+
+// Two products of rows that both lie in shared memory, in groups of their own: d[0] = left[:, 0 .. 15]
+// right[:, 0 .. 15]^T + left[:, 48 .. 63] right[:, 48 .. 63]^T, read after a wait that leaves the other group
+// under way; d[1] = right[:, 16 .. 31] left[:, 16 .. 31]^T, then += d[0]'s second term.
+__global__ void warpgroup_tiles_kernel(float* d, const uint16_t* tiles) {
+    TwoTilesShared& s = shared<TwoTilesShared>();
+    const int thread = threadIdx.x;
+    for (int i = thread; i < 2 * kTile * kTile; i += kGroup) {
+        const int linear = i % (kTile * kTile) * 2;
+        const int swizzled = linear ^ (linear >> 7 & 7) << 4;  // bits 4 .. 6 combined with bits 7 .. 9
+        memcpy(s.bytes[i / (kTile * kTile)] + swizzled, tiles + i, 2);
+    }
+    ptx::fence_async_proxy();
+    __syncthreads();
+    const unsigned char *left = s.bytes[0], *right = s.bytes[1];
+    float first[8][4], second[8][4];
+    ptx::wgmma_fence();
+    ptx::wgmma_tiles<false>(first, left, right, 0);
+    ptx::wgmma_tiles<true>(first, left, right, 48);
+    ptx::wgmma_commit();
+    ptx::wgmma_tiles<false>(second, right, left, 16);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>(first);
+    for (int i = 0; i < 32; i++) d[thread * 64 + i] = first[i / 4][i % 4];
+    ptx::wgmma_fence();
+    ptx::wgmma_tiles<true>(second, left, right, 48);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>(second);
+    for (int i = 0; i < 32; i++) d[thread * 64 + 32 + i] = second[i / 4][i % 4];
+}
+
+void test_warpgroup_tiles(Harness& h) {
+    const std::vector<int> r = h.random_ints(2 * kTile * kTile, 15);
+    auto element = [&](int tile, int row, int column) {
+        return r[(tile * kTile + row) * kTile + column] - 7;
+    };
+    std::vector<uint16_t> tiles(r.size());
+    for (size_t i = 0; i < r.size(); i++)
+        tiles[i] = static_cast<uint16_t>(half_of(static_cast<float>(r[i] - 7)));
+    auto device_tiles = h.to_device(tiles);
+    auto device_d = h.poisoned<float>(kGroup * 64);
+    launch<TwoTilesShared>(warpgroup_tiles_kernel, {1, kGroup}, h.gpu, device_d.get(), device_tiles.get());
+    const auto d = h.to_host(device_d.get(), kGroup * 64);
+    bool exact[2] = {true, true};
+    for (int thread = 0; thread < kGroup; thread++)
+        for (int i = 0; i < 32; i++) {
+            const int lane = thread % 32, row = thread / 32 * 16 + lane / 4 + (i % 4 < 2 ? 0 : 8);
+            const int column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
+            int term[3] = {};
+            for (int k = 0; k < 16; k++) {
+                term[0] += element(0, row, k) * element(1, column, k);
+                term[1] += element(0, row, 48 + k) * element(1, column, 48 + k);
+                term[2] += element(1, row, 16 + k) * element(0, column, 16 + k);
+            }
+            exact[0] &= d[thread * 64 + i] == static_cast<float>(term[0] + term[1]);
+            exact[1] &= d[thread * 64 + 32 + i] == static_cast<float>(term[2] + term[1]);
+        }
+    h.check("wgmma_tiles, wgmma_wait<1>: integers, exact", exact[0]);
+    h.check("wgmma_tiles, the group that ran on: integers, exact", exact[1]);
+}
+
 // ---- cp.async (9.7.8.22) ----------------------------------------------------------------------------------
 
 struct CopyShared {
@@ -219,7 +353,7 @@ void test_cp_async(Harness& h) {
     h.check("cp_async_16_zfill, wait for all", right[2]);
 }
 
-// ---- shuffles (9.7.8.6: the pseudo-code of shfl.sync; CUDA passes c = (32 - width) << 8, with 0x1f but for 
+// ---- shuffles (9.7.8.6: the pseudo-code of shfl.sync; CUDA passes c = (32 - width) << 8, with 0x1f but for
 
 enum Mode { kUp, kDown, kXor, kIndex, kModes };
 
@@ -500,6 +634,10 @@ int main(int argc, char** argv) {
     if (!h.bench) {
         test_mma(h);
         test_ldmatrix(h);
+        if (h.gpu.properties.major == 9) {
+            test_warpgroup(h);
+            test_warpgroup_tiles(h);
+        }
         test_cp_async(h);
         test_shuffles<int>(h, "int");
         test_shuffles<float>(h, "float");

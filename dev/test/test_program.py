@@ -10,8 +10,10 @@ import itertools
 import json
 import math
 import os
+import signal
 import struct
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,9 +110,8 @@ def no_constants(word):
 class Run:
     """A finished run: its exit status, output, log and saved weights."""
 
-    def __init__(self, finished, folder):
-        self.status, self.out, self.err = finished.returncode, finished.stdout, finished.stderr
-        self.folder = folder
+    def __init__(self, status, out, err, folder):
+        self.status, self.out, self.err, self.folder = status, out, err, folder
 
     @property
     def log(self):
@@ -146,6 +147,14 @@ class Run:
         return logs[0] == logs[1] and self.saved == other.saved
 
 
+def finished(process, folder):
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return Run(process.returncode, out, err, folder)
+
+
 class Program:
     def __init__(self, tmp_path, optimizer, precision="fp32"):
         self.path = BUILD / f"sim-{precision}-{optimizer}{SUFFIX}/train_gpt2"
@@ -173,8 +182,8 @@ class Program:
             "learning-rate": 2e-3 if self.optimizer == "adamw" else 3e-3,
         }
 
-    def call(self, flags, env=None, words=()):
-        """Runs it with the defaults and these flags; None leaves one away."""
+    def start(self, flags, env=None, words=()):
+        """Starts it with the defaults and these flags; None leaves one away. Also its output directory."""
         self.runs += 1
         flags = {**self.defaults(), **flags}
         command = [str(self.path), *words]
@@ -190,17 +199,20 @@ class Program:
         for name in ("ASAN_OPTIONS", "UBSAN_OPTIONS", "LD_LIBRARY_PATH"):
             if name in os.environ:
                 environment[name] = os.environ[name]
-        finished = subprocess.run(
+        process = subprocess.Popen(
             command,
-            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
             env=environment,
             cwd=self.tmp_path,
-            timeout=300,
-            stdin=subprocess.DEVNULL,
         )
-        return Run(finished, Path(flags["output-dir"] or self.tmp_path / "out"))
+        return process, Path(flags["output-dir"] or self.tmp_path / "out")
+
+    def call(self, flags, env=None, words=()):
+        """Runs it to its end."""
+        return finished(*self.start(flags, env, words))
 
     def __call__(self, env=None, **flags):
         """A run that succeeds: train(batch_size=4)."""
@@ -606,9 +618,9 @@ def test_the_same_seed_gives_the_same_bits(train):
     other = train(**flags, seed=1338)
     assert not other.same_as(run)
     first, others = (initial_weights(train, seed=seed) for seed in (1337, 1338))
-    for name in first:  # every tensor that is drawn is drawn anew
-        drawn = first[name].ndim == 2
-        assert np.any(first[name] != others[name]) == drawn or not drawn, name
+    for name, values in first.items():  # every tensor that is drawn is drawn anew
+        same = np.count_nonzero(values == others[name])
+        assert same < values.size / 100 if values.ndim == 2 else True, name
     assert run.losses[0] != other.losses[0]
 
 
@@ -808,12 +820,19 @@ def test_run_of_the_reference(tmp_path, name, variant):
             allowed = change_bound(train.optimizer, bound) + 2.0**-11
             rounded = math.sqrt(flags["steps"]) * ULP * norm(after)
             assert norm(after - start - change) <= allowed * norm(change) + rounded, tensor
-    if variant == "sgd_sai_raw":
-        for record in run.kind("gsnr"):
-            want = float(expected[f"gsnr.{record['tensor']}"][0])
-            # Two micro-batches here, one in the reference's figure: the same sqrt(n - 1) for matrices alone.
-            assert record["n"] == before[record["tensor"]].size
-            assert want > 0
+
+
+@pytest.mark.parametrize("name", ["l2c64", "l1c128"])
+def test_gsnr_of_the_reference(sgd_sai, name):
+    """Of the gradient of the reference's first micro-batch."""
+    flags, reference = reference_flags(sgd_sai, name, "sgd_sai_raw", rounding)
+    flags |= {"total_batch": None, "steps": 1, "warmup_steps": 0}
+    tensors, rows = reference_model(name)[0], gsnr_of(sgd_sai(**flags))
+    assert rows.keys() == tensors.keys()
+    for tensor, row in rows.items():
+        want = float(reference.expected[f"gsnr.{tensor}"][0])
+        assert row["n"] == tensors[tensor].size
+        assert row["gsnr"] == pytest.approx(want, rel=gsnr_bound(want, row["n"], reference.bound)), tensor
 
 
 def test_validation_of_the_reference(train):
@@ -1098,6 +1117,12 @@ def test_adamw_begins_with_steps_of_the_learning_rate(adamw):
 # ---- g-SNR
 
 
+def gsnr_bound(gsnr, n, bound):
+    """How far an error of `bound` times the gradient's size takes its g-SNR, norm over deviation: the
+    deviation is the norm over g-SNR, so beside it the error is larger by g-SNR / sqrt(n)."""
+    return 2 * bound * max(1, gsnr / math.sqrt(n))
+
+
 def gsnr_of(run):
     return {r["tensor"]: r for r in run.kind("gsnr")}
 
@@ -1169,8 +1194,8 @@ def test_gsnr_does_not_see_clipping_or_micro_steps(sgd_sai):
     split = gsnr_of(sgd_sai(**{**flags, "batch_size": 2}))
     for tensor, row in free.items():
         assert clipped[tensor]["gsnr"] == pytest.approx(row["gsnr"], rel=2 * ULP)
-        # g-SNR of a vector depends on its mean, whose error is sqrt(n) times as large beside it.
-        assert split[tensor]["gsnr"] == pytest.approx(row["gsnr"], rel=rounding() * math.sqrt(row["n"]))
+        bound = gsnr_bound(row["gsnr"], row["n"], rounding())
+        assert split[tensor]["gsnr"] == pytest.approx(row["gsnr"], rel=bound), tensor
 
 
 def test_momentum(sgd_sai):
@@ -1199,6 +1224,8 @@ def test_state_of_the_optimizer(train):
     Np, blocks = head["padded_parameters"], 12 * 2 + 4
     assert memory["optimizer_state"] == (8 * Np if train.optimizer == "adamw" else 4 * Np + 4 * blocks)
     assert head["parameters"] == sum(values.size for values in run.weights.values())
+    # This build's weights are their own master.
+    assert [memory[owner] for owner in ("parameters", "master_weights", "gradients")] == [4 * Np, 0, 4 * Np]
     assert Np - head["parameters"] == (128 - VOCABULARY) * 64
     if train.optimizer == "sgd_sai":
         memory = {r["owner"]: r["bytes"] for r in train(momentum=0).kind("memory")}
@@ -1361,6 +1388,15 @@ def test_samples_need_a_tokenizer(train):
     train.refuses("--sample-every", "tokenizer.bin", VOCABULARY + 1, sample_every=1)
 
 
+def test_profile(train):
+    """Timed updates are the ones that train: same losses. Nothing is saved."""
+    run = train(profile=2, steps=7)
+    assert [r["kind"] for r in run.log][-2:] == ["profile", "end"]
+    assert run.log[-1]["status"] == "profiled"
+    assert run.losses == train(steps=7).losses
+    assert not (run.folder / "latest").exists()
+
+
 # ---- updates that aren't finite
 
 
@@ -1421,6 +1457,30 @@ def test_a_run_that_applied_nothing_fails(train):
     assert run.log[-1]["status"] == "diverged"
 
 
+def test_skipped_updates_among_others_do_not_end_the_run(adamw):
+    """Every other sample begins with a token whose embedding overflows when a position's is added to it: more
+    than ten updates are skipped, never two in a row. The head sees zeros, so that the other losses are log V:
+    the rate moves ln_f.bias by 1e-44 an update, that token's logit by less than 1e-4, the loss by a fiftieth."""
+    tensors, config = reference_model("l2c64")
+    bad, steps, T = 49, 30, 16
+    tensors["transformer.wte.weight"][bad, 0] = 2e38
+    tensors["transformer.wpe.weight"][:, 0] = 2e38
+    for name in ("transformer.ln_f.weight", "transformer.ln_f.bias"):
+        tensors[name] = np.zeros_like(tensors[name])
+    tokens = [token % bad for token in text(5, steps * T + 1, 50)]
+    tokens[T :: 2 * T] = [bad] * len(tokens[T :: 2 * T])
+    run = adamw(
+        init_from=write_model(adamw.tmp_path / "model", tensors, config),
+        train_data=write_shard(adamw.tmp_path / "t.bin", tokens, 50),
+        **{"layers": None, "channels": None, "heads": None, "vocab_size": None, "shuffle": 0},
+        **{"seq_len": T, "batch_size": 1, "steps": steps, "learning_rate": 1e-44, "weight_decay": 0},
+    )
+    assert run.values("skip", "step") == list(range(2, steps + 1, 2))
+    assert run.values("train", "step") == list(range(1, steps + 1, 2))
+    assert run.losses == pytest.approx([math.log(50)] * (steps // 2), rel=1e-5)
+    assert run.log[-1]["status"] == "finished"
+
+
 def test_a_run_that_explodes_saves_its_last_good_weights(sgd_sai):
     """Rates of 1000 blow the weights up after some updates. What is saved then is what a run of that many
     has.
@@ -1440,3 +1500,29 @@ def test_a_run_that_explodes_saves_its_last_good_weights(sgd_sai):
     assert run.values("skip", "step") == list(range(len(applied) + 1, len(applied) + 12))
     assert run.saved == sgd_sai(**flags, steps=len(applied)).saved
     assert all(np.isfinite(values).all() for values in run.weights.values())
+
+
+# ---- ended from outside
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_a_saved_model(train, number):
+    """The weights are those of a run of so many updates, where the schedule doesn't depend on the steps."""
+    flags = {"schedule": "constant", "warmup-steps": 0}
+    process, folder = train.start({**flags, "steps": 10**6})
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:  # until it trains
+        log = folder / "log.jsonl"
+        if log.exists() and '"kind":"train"' in log.read_text():
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    run = finished(process, folder)
+    assert run.status == 128 + number
+    assert run.err == ""
+    step = run.log[-1]["step"]
+    assert run.log[-1] == {"kind": "end", "step": step, "status": "interrupted"}
+    assert run.log[-2] == {"kind": "checkpoint", "step": step, "path": str(folder / f"step_{step:08}")}
+    assert run.values("train", "step") == list(range(1, step + 1))
+    whole = train.call({**flags, "steps": step})
+    assert (run.losses, run.saved) == (whole.losses, whole.saved)

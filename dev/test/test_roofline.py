@@ -251,7 +251,7 @@ def test_machine_code_is_read():
 def test_missing_kernels_instructions_and_local_memory_are_found():
     problems, passed = check_sass.problems_of(check_sass.parse_sass(SASS), "bf16")
     assert passed == 2
-    assert len(problems) == 3  # the three backward kernels
+    assert len(problems) == 6  # the three backward kernels, and the three of sm_90a
     assert all("not in the program" in problem for problem in problems)
     for planted, named in (
         (("LDSM.16.M88.4", "LDS.128"), "no LDSM"),
