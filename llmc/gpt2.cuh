@@ -78,7 +78,6 @@ class Gpt2 {
         weights = table.view(weights_.get());
         gradients = table.view(gradients_.get());
         act = activation_table.view(activations_.get());
-        fill_zero(gradients_.get(), gradients_.size(), gpu_);  // pad rows of dwte are written by no bias or norm
     }
     Gpt2(const Gpt2&) = delete;
     ~Gpt2() {

@@ -195,6 +195,8 @@ TEST(Header, EveryLieAboutATensorIsAnError) {
     EXPECT_HAS(one(R"({"dtype":"F32","shape":[2],"data_offsets":[8,0]})", 8), "bytes 8 to 0 are not within");
     EXPECT_HAS(one(R"({"dtype":"F32","shape":[3],"data_offsets":[0,8]})", 8),
                "shape (3) of F32 takes 12 bytes, its offsets span 8");
+    EXPECT_HAS(one(R"({"dtype":"F32","shape":[1],"data_offsets":[0,8]})", 8),
+               "shape (1) of F32 takes 4 bytes, its offsets span 8");
     EXPECT_HAS(one(R"({"dtype":"F64","shape":[2],"data_offsets":[0,8]})", 8),
                "shape (2) of F64 takes 16 bytes");
     EXPECT_HAS(one(R"({"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8]})", 8),

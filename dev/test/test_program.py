@@ -147,9 +147,9 @@ class Run:
         return logs[0] == logs[1] and self.saved == other.saved
 
 
-def finished(process, folder):
+def finished(process, folder, limit_s=300):
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=limit_s)
     finally:
         process.kill()
     return Run(process.returncode, out, err, folder)
@@ -1459,8 +1459,8 @@ def test_a_run_that_applied_nothing_fails(train):
 
 def test_skipped_updates_among_others_do_not_end_the_run(adamw):
     """Every other sample begins with a token whose embedding overflows when a position's is added to it: more
-    than ten updates are skipped, never two in a row. The head sees zeros, so that the other losses are log V:
-    the rate moves ln_f.bias by 1e-44 an update, that token's logit by less than 1e-4, the loss by a fiftieth."""
+    than ten updates are skipped, never two in a row. The head sees zeros, so the other losses are log V: the
+    rate moves ln_f.bias by 1e-44 an update, that token's logit by less than 1e-4, the loss by a fiftieth."""
     tensors, config = reference_model("l2c64")
     bad, steps, T = 49, 30, 16
     tensors["transformer.wte.weight"][bad, 0] = 2e38
@@ -1517,7 +1517,7 @@ def test_a_signal_ends_the_run_with_a_saved_model(train, number):
             break
         time.sleep(0.01)
     process.send_signal(number)
-    run = finished(process, folder)
+    run = finished(process, folder, limit_s=60)
     assert run.status == 128 + number
     assert run.err == ""
     step = run.log[-1]["step"]
