@@ -9,21 +9,21 @@
 #include <span>
 #include <string>
 #include <vector>
-#include "llmc/checkpoint.h"     // load_shape, load_model, save_model
-#include "llmc/dataloader.h"     // TrainLoader, ValLoader
-#include "llmc/gpt2.cuh"         // Gpt2
-#include "llmc/gpu.cuh"          // Gpu, kPrecisionName
-#include "llmc/interrupt.h"      // catch_interrupts, interrupt_signal
-#include "llmc/logger.h"         // Logger, record
-#include "llmc/memory_plan.cuh"  // plan_memory, print_memory_plan, check_memory
-#include "llmc/optimizer.cuh"    // Optimizer
-#include "llmc/options.h"        // Options, parse_options
+#include "llmc/checkpoint.h"        // load_shape, load_model, save_model
+#include "llmc/dataloader.h"        // TrainLoader, ValLoader
+#include "llmc/gpt2.cuh"            // Gpt2
+#include "llmc/gpu.cuh"             // Gpu, kPrecisionName
+#include "llmc/interrupt.h"         // catch_interrupts, interrupt_signal
+#include "llmc/logger.h"            // Logger, record
+#include "llmc/memory_plan.cuh"     // plan_memory, print_memory_plan, check_memory
+#include "llmc/optimizer.cuh"       // Optimizer
+#include "llmc/options.h"           // Options, parse_options
 #include "llmc/profile_report.cuh"  // measure_ceilings, profile_report
-#include "llmc/sampler.h"        // sample_token
-#include "llmc/schedule.h"       // scheduled_learning_rate
-#include "llmc/screen.h"         // Screen
-#include "llmc/tokenizer.h"      // Tokenizer
-#include "llmc/trainer.cuh"      // Trainer
+#include "llmc/sampler.h"           // sample_token
+#include "llmc/schedule.h"          // scheduled_learning_rate
+#include "llmc/screen.h"            // Screen
+#include "llmc/tokenizer.h"         // Tokenizer
+#include "llmc/trainer.cuh"         // Trainer
 
 extern const char kBuildCommit[];  // build/commit.cpp
 
@@ -32,7 +32,9 @@ constexpr int kMaxSkippedInARow = 10;
 
 // Of --profile: first updates, which make plans and graphs. Then come so many as in training, and as many timed.
 constexpr int64_t kProfileWarmUp = 3;
-static int64_t updates_of(const Options& o) { return o.profile > 0 ? kProfileWarmUp + 2 * o.profile : o.steps; }
+static int64_t updates_of(const Options& o) {
+    return o.profile > 0 ? kProfileWarmUp + 2 * o.profile : o.steps;
+}
 
 // ---- set-up ----------------------------------------------------------------------------------------------------------
 
@@ -44,13 +46,16 @@ static Gpt2Config gpt2_config(Options& o) {
         adopt_shape(o, shape);
         positions = shape.positions;
     }
-    return {{o.layers, o.channels, o.heads, o.vocab_size, positions}, o.batch_size, o.seq_len, recompute_of(o.recompute)};
+    return {{o.layers, o.channels, o.heads, o.vocab_size, positions},
+            o.batch_size,
+            o.seq_len,
+            recompute_of(o.recompute)};
 }
 
 static std::unique_ptr<ValLoader> val_loader(const Options& o) {
     if (o.val_data.empty()) return nullptr;
-    return std::make_unique<ValLoader>(LoaderConfig{"--val-data", o.val_data, o.vocab_size, o.batch_size, o.seq_len},
-                                       o.val_sequences);
+    return std::make_unique<ValLoader>(
+        LoaderConfig{"--val-data", o.val_data, o.vocab_size, o.batch_size, o.seq_len}, o.val_sequences);
 }
 
 // The table beside the shards. Fatal where no sample could be written: better now than after a thousand steps.
@@ -67,11 +72,15 @@ static std::unique_ptr<Tokenizer> sample_tokenizer(const Options& o) {
 // Plans are measured while the GPU's memory is still free. A product that applies GELU itself applies it to the unrounded
 // sum, which recomputing from the kept tensor can't repeat to the bit: --recompute gelu-layernorm goes without.
 static Matmuls prepared_matmuls(const Options& o, const Gpt2Config& config, Gpu& gpu) {
-    Matmuls matmuls({.measure = o.tune, .fuse_gelu = o.tune && config.recompute != Recompute::gelu_layernorm});
+    Matmuls matmuls(
+        {.measure = o.tune, .fuse_gelu = o.tune && config.recompute != Recompute::gelu_layernorm});
     const int64_t tokens = static_cast<int64_t>(o.batch_size) * o.seq_len;
-    matmuls.prepare({.tokens = tokens, .logit_rows = logit_rows(tokens), .channels = o.channels,
+    matmuls.prepare({.tokens = tokens,
+                     .logit_rows = logit_rows(tokens),
+                     .channels = o.channels,
                      .padded_vocab_size = config.shape.padded_vocab_size(),
-                     .accumulate = o.total_batch > tokens || tokens > logit_rows(tokens)}, gpu);
+                     .accumulate = o.total_batch > tokens || tokens > logit_rows(tokens)},
+                    gpu);
     return matmuls;
 }
 
@@ -85,7 +94,9 @@ struct Run {
     const Optimizer::Options optimizer_options = Optimizer::Options::from(o);
     std::unique_ptr<Tokenizer> tokenizer = sample_tokenizer(o);
     TrainLoader train_data{{"--train-data", o.train_data, o.vocab_size, o.batch_size, o.seq_len},
-                           o.total_batch / o.seq_len, static_cast<uint64_t>(o.seed), o.shuffle};
+                           o.total_batch / o.seq_len,
+                           static_cast<uint64_t>(o.seed),
+                           o.shuffle};
     std::unique_ptr<ValLoader> val_data = val_loader(o);
     Logger logger{o.output_dir};
     const Ceilings ceilings = o.profile > 0 ? measure_ceilings(o.tune, gpu) : Ceilings{};
@@ -113,8 +124,9 @@ struct Run {
 void Run::load_or_initialise() {
     if (o.init_from.empty()) return model.initialise_weights(static_cast<uint64_t>(o.seed));
     model.begin_loading();
-    load_model(o.init_from, saved_tensors(model.table),
-               [&](size_t tensor, const float* data_cpu, size_t n) { model.load_tensor(tensor, data_cpu, n); });
+    load_model(o.init_from, saved_tensors(model.table), [&](size_t tensor, const float* data_cpu, size_t n) {
+        model.load_tensor(tensor, data_cpu, n);
+    });
     model.finish_loading();
 }
 
@@ -132,14 +144,22 @@ void Run::log_head(Json run) {
     CUDA_CHECK(cudaDriverGetVersion(&driver));
     const double peak = gpu.peak_bf16_flops();
     const cudaDeviceProp& p = gpu.properties;
-    run.add("gpu", Json::object().add("name", p.name).add("memory_bytes", p.totalGlobalMem)
-                       .add("sms", p.multiProcessorCount).add("compute_capability", text_of("%d.%d", p.major, p.minor))
+    run.add("gpu", Json::object()
+                       .add("name", p.name)
+                       .add("memory_bytes", p.totalGlobalMem)
+                       .add("sms", p.multiProcessorCount)
+                       .add("compute_capability", text_of("%d.%d", p.major, p.minor))
                        .add("peak_bf16_tflops", peak > 0 ? Json(peak * 1e-12) : Json()));
     run.add("cuda_runtime", runtime).add("cuda_driver", driver).add("cublaslt", cublasLtGetVersion());
     const ModelShape& s = config.shape;
-    run.add("model", Json::object().add("layers", s.layers).add("channels", s.channels).add("heads", s.heads)
-                         .add("vocab_size", s.vocab_size).add("padded_vocab_size", s.padded_vocab_size())
-                         .add("positions", s.positions).add("seq_len", o.seq_len));
+    run.add("model", Json::object()
+                         .add("layers", s.layers)
+                         .add("channels", s.channels)
+                         .add("heads", s.heads)
+                         .add("vocab_size", s.vocab_size)
+                         .add("padded_vocab_size", s.padded_vocab_size())
+                         .add("positions", s.positions)
+                         .add("seq_len", o.seq_len));
     run.add("parameters", model.table.parameters()).add("padded_parameters", model.table.padded_parameters());
     Json data = Json::object().add("train", data_json(train_data));
     run.add("data", data.add("val", val_data ? data_json(*val_data) : Json()));
@@ -154,7 +174,8 @@ void Run::log_head(Json run) {
 
 // Mean loss in nats over the validation sequences; the same ones every time.
 void Run::validate(int64_t step) {
-    const float token_weight = 1.0f / (static_cast<float>(val_data->samples()) * static_cast<float>(o.seq_len));
+    const float token_weight =
+        1.0f / (static_cast<float>(val_data->samples()) * static_cast<float>(o.seq_len));
     val_data->rewind();
     for (int64_t batch = 0; batch < val_data->batches(); batch++) {
         const int64_t sequences = val_data->next(model.staging());
@@ -177,8 +198,10 @@ void Run::sample(int64_t step) {
         model.next_token_logits(std::span(tokens).last(std::min<size_t>(tokens.size(), o.seq_len)));
         copy_to_host(row.data(), model.logits(), row.size(), gpu);
         gpu.synchronize();
-        std::transform(row.begin(), row.end(), logits_cpu.begin(), [](floatX x) { return static_cast<float>(x); });
-        const int token = sample_token(logits_cpu.data(), tokenizer->vocab_size(), {}, static_cast<uint64_t>(o.seed), i);
+        std::transform(row.begin(), row.end(), logits_cpu.begin(),
+                       [](floatX x) { return static_cast<float>(x); });
+        const int token =
+            sample_token(logits_cpu.data(), tokenizer->vocab_size(), {}, static_cast<uint64_t>(o.seed), i);
         if (token < 0 || token == tokenizer->end_of_text()) break;
         tokens.push_back(token);
     }
@@ -210,15 +233,22 @@ void Run::tell(const StepResult& result) {
     applied++, skipped_in_a_row = 0;
     if (const std::optional<GainReport> gains = optimizer.observe(state, gpu)) {
         for (const GainRow& row : gains->rows)
-            logger.write(record("gsnr").add("tensor", row.tensor).add("n", row.n).add("gsnr", short_decimal(row.gsnr))
+            logger.write(record("gsnr")
+                             .add("tensor", row.tensor)
+                             .add("n", row.n)
+                             .add("gsnr", short_decimal(row.gsnr))
                              .add("gain", short_decimal(row.gain)));
         screen.message("%s", gain_table(*gains).c_str());
     }
-    const StepReport report{.step = result.step, .tokens = result.step * o.total_batch, .loss = state.loss,
-                            .grad_norm = static_cast<float>(state.grad_norm),
-                            .learning_rate = scheduled_learning_rate(o, result.step),
-                            .step_ms = result.step_ms, .optimizer_ms = result.optimizer_ms,
-                            .tokens_per_second = static_cast<double>(o.total_batch) / (result.step_ms * 1e-3)};
+    const StepReport report{
+        .step = result.step,
+        .tokens = result.step * o.total_batch,
+        .loss = state.loss,
+        .grad_norm = static_cast<float>(state.grad_norm),
+        .learning_rate = scheduled_learning_rate(o, result.step),
+        .step_ms = result.step_ms,
+        .optimizer_ms = result.optimizer_ms,
+        .tokens_per_second = static_cast<double>(o.total_batch) / (result.step_ms * 1e-3)};
     logger.write(train_record(report));
     screen.step(report);
     step_ms.push_back(result.step_ms);
@@ -231,7 +261,8 @@ int Run::profile() {
     auto take = [&](const std::optional<StepResult>& result) {
         if (!result) return;
         tell(*result);
-        if (result->step > kProfileWarmUp) (result->step < first_timed ? trained_ms : profiled_ms).push_back(result->step_ms);
+        if (result->step > kProfileWarmUp)
+            (result->step < first_timed ? trained_ms : profiled_ms).push_back(result->step_ms);
     };
     for (int64_t step = 1; step <= last; step++) {
         if (step == first_timed) take(trainer.flush()), model.profile.start();
@@ -240,9 +271,13 @@ int Run::profile() {
     take(trainer.flush());
     const size_t state_bytes = Optimizer::state_bytes(optimizer_options, model.table.padded_parameters(),
                                                       model.table.blocks().size());
-    const ProfileReport report = profile_report(
-        model, matmuls, ceilings, {.micro_steps = train_data.micro_steps(), .state_bytes = state_bytes, .graph = o.graph,
-                                   .trained_ms = trained_ms, .profiled_ms = profiled_ms}, gpu);
+    const ProfileReport report = profile_report(model, matmuls, ceilings,
+                                                {.micro_steps = train_data.micro_steps(),
+                                                 .state_bytes = state_bytes,
+                                                 .graph = o.graph,
+                                                 .trained_ms = trained_ms,
+                                                 .profiled_ms = profiled_ms},
+                                                gpu);
     logger.write(profile_record(report));
     logger.write(record("end").add("step", last).add("status", "profiled"));
     screen.message("%s", profile_table(report).c_str());
@@ -253,16 +288,18 @@ int Run::profile() {
 void Run::tell_speed() {
     if (step_ms.empty()) return;
     std::nth_element(step_ms.begin(), step_ms.begin() + step_ms.size() / 2, step_ms.end());
-    const double ms = step_ms[step_ms.size() / 2], tokens_per_second = static_cast<double>(o.total_batch) / (ms * 1e-3);
+    const double ms = step_ms[step_ms.size() / 2],
+                 tokens_per_second = static_cast<double>(o.total_batch) / (ms * 1e-3);
     const ModelShape& s = config.shape;
     const double flops_per_token = 6.0 * static_cast<double>(model.table.parameters()) +
                                    6.0 * s.layers * static_cast<double>(s.channels) * o.seq_len;
     const double peak = gpu.peak_bf16_flops();
     std::string mfu;
     if (peak > 0)
-        mfu = text_of(", MFU %.1f%% of %.0f TFLOP/s by 6 N + 6 L C T", 100 * tokens_per_second * flops_per_token / peak,
-                      peak * 1e-12);
-    screen.message("median update %.1f ms, %s tokens/s%s", ms, short_count(tokens_per_second).c_str(), mfu.c_str());
+        mfu = text_of(", MFU %.1f%% of %.0f TFLOP/s by 6 N + 6 L C T",
+                      100 * tokens_per_second * flops_per_token / peak, peak * 1e-12);
+    screen.message("median update %.1f ms, %s tokens/s%s", ms, short_count(tokens_per_second).c_str(),
+                   mfu.c_str());
 }
 
 // The last records, and the program's exit status. A run that diverged, or applied nothing, fails; its weights, which
@@ -272,15 +309,21 @@ int Run::finish(int64_t step) {
     tell_speed();
     const int signal = step < o.steps && !diverged ? interrupt_signal() : 0;
     const bool failed = diverged || (applied == 0 && signal == 0);
-    logger.write(record("end").add("step", step)
-                     .add("status", failed ? "diverged" : signal ? "interrupted" : "finished"));
-    if (signal) screen.message("interrupted at step %lld of %lld", static_cast<long long>(step),
-                               static_cast<long long>(o.steps));
+    logger.write(record("end")
+                     .add("step", step)
+                     .add("status", failed   ? "diverged"
+                                    : signal ? "interrupted"
+                                             : "finished"));
+    if (signal)
+        screen.message("interrupted at step %lld of %lld", static_cast<long long>(step),
+                       static_cast<long long>(o.steps));
     if (signal) return 128 + signal;
     if (failed)
-        fatal("step %lld: %lld updates in a row were skipped, the last since %s; the weights of the last applied update "
-              "are saved; a lower --learning-rate or --grad-clip, or a longer warm-up, may help",
-              static_cast<long long>(step), static_cast<long long>(skipped_in_a_row), skip_text.c_str());
+        fatal(
+            "step %lld: %lld updates in a row were skipped, the last since %s; the weights of the last "
+            "applied update "
+            "are saved; a lower --learning-rate or --grad-clip, or a longer warm-up, may help",
+            static_cast<long long>(step), static_cast<long long>(skipped_in_a_row), skip_text.c_str());
     return 0;
 }
 

@@ -30,7 +30,7 @@ SERIALISED = re.compile(r".*\bC75\d\d\b.*")
 
 
 def demangle(symbols):
-    """Kernel names without parameter lists, in the symbols' order."""
+    """Kernel names without return type and parameters, in the symbols' order."""
     text = subprocess.run(
         ["c++filt"], input="\n".join(symbols), text=True, capture_output=True, check=True
     ).stdout

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from check_ptxas import demangle
+
 # What a kernel must contain, by a part of its name. HMMA: mma.sync; LDSM: ldmatrix; LDGSTS: cp.async; HGMMA:
 # wgmma; UTMALDG: TMA's loads.
 MMA_SYNC = {"HMMA", "LDSM", "LDGSTS"}
@@ -47,16 +49,6 @@ def find_cuobjdump():
         if candidate and os.access(candidate, os.X_OK):
             return str(candidate)
     return None
-
-
-def demangle(symbols):
-    """Names without return type and parameters, in the symbols' order."""
-    text = subprocess.run(
-        ["c++filt"], input="\n".join(symbols), text=True, capture_output=True, check=True
-    ).stdout
-    return [
-        re.sub(r"^void |\(.*", "", line.replace("(anonymous namespace)::", "")) for line in text.splitlines()
-    ]
 
 
 def parse_sass(text):

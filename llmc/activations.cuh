@@ -23,6 +23,7 @@ inline Recompute recompute_of(const std::string& name) {
 enum class KeptUpTo { none, gelu_layernorm, block };
 
 // Rows and columns in terms of N = B T, C, B, T, NH. Gradient tensors (d + name) are of one layer at a time.
+// clang-format off
 //    name       scope  type    rows     cols   kept up to
 #define GPT2_ACTIVATIONS(X)                                        \
     X(encoded,   model, floatX, N,       C,     block)          \
@@ -49,6 +50,7 @@ enum class KeptUpTo { none, gelu_layernorm, block };
     X(datty,     model, floatX, N,       C,     block)          \
     X(dqkv,      model, floatX, N,       3 * C, block)          \
     X(dfch,      model, floatX, N,       4 * C, block)
+// clang-format on
 
 // Pointers to every activation by name; those of scope layer point to one layer's.
 struct Activations {
@@ -74,7 +76,8 @@ class ActivationTable {
     ActivationTable(const ModelShape& shape, int batch, int seq_len, Recompute recompute) {
         const size_t B = batch, T = seq_len, N = B * T, C = shape.channels, NH = shape.heads;
         auto add = [&](const char* name, Scope scope, size_t element_bytes, size_t n, KeptUpTo kept) {
-            const bool each_layer = scope == Scope::layer && static_cast<int>(recompute) <= static_cast<int>(kept);
+            const bool each_layer =
+                scope == Scope::layer && static_cast<int>(recompute) <= static_cast<int>(kept);
             const size_t stride = (n * element_bytes + 255) / 256 * 256;
             rows_.push_back({name, bytes_, each_layer ? stride / element_bytes : 0, n});
             bytes_ += stride * (each_layer ? shape.layers : 1);
@@ -90,8 +93,8 @@ class ActivationTable {
     Activations view(unsigned char* arena) const {
         Activations a{};
         size_t row = 0;
-#define X(name, scope, type, rows, cols, kept)                       \
-    a.name = reinterpret_cast<type*>(arena + rows_[row].offset);     \
+#define X(name, scope, type, rows, cols, kept)                   \
+    a.name = reinterpret_cast<type*>(arena + rows_[row].offset); \
     a.name##_stride = rows_[row++].stride;
         GPT2_ACTIVATIONS(X)
 #undef X

@@ -270,7 +270,7 @@ __device__ inline void backward_key_block(const BackwardArguments& a, int block,
 
 // Grid: resident blocks, each walks the heads blockIdx.x, blockIdx.x + gridDim.x, ... below `heads`.
 __global__ void __launch_bounds__(kThreads, 2)
-attention_backward_walk_kernel(BackwardArguments a, float4* dq_scratch, int heads) {
+    attention_backward_walk_kernel(BackwardArguments a, float4* dq_scratch, int heads) {
     WalkShared& s = shared<WalkShared>();
     const int rows = a.blocks() * kBlockRows;
     float4* scratch = dq_scratch + static_cast<size_t>(blockIdx.x) * rows * (kHeadSize / 4);
@@ -393,8 +393,8 @@ struct BiasShared {
 };
 
 // bias[c] = or += the sum over rows of partial (rows, width), width a multiple of 32. Grid: width / 32.
-__global__ void __launch_bounds__(kBiasColumns * kBiasRows)
-attention_bias_kernel(float* bias, const float* partial, int rows, int width, Write write) {
+__global__ void __launch_bounds__(kBiasColumns* kBiasRows)
+    attention_bias_kernel(float* bias, const float* partial, int rows, int width, Write write) {
     BiasShared& s = shared<BiasShared>();
     const int lane = threadIdx.x % kBiasColumns, first = threadIdx.x / kBiasColumns;
     const int column = blockIdx.x * kBiasColumns + lane;
@@ -412,7 +412,7 @@ attention_bias_kernel(float* bias, const float* partial, int rows, int width, Wr
 // The fp32 build's partial sums: a block adds up kBlockRows rows of dqkv (B T, width). Grid: (row blocks,
 // width / 32).
 __global__ void __launch_bounds__(kBiasColumns)
-attention_bias_partial_fp32_kernel(float* partial, const float* dqkv, size_t rows, int width) {
+    attention_bias_partial_fp32_kernel(float* partial, const float* dqkv, size_t rows, int width) {
     const int column = blockIdx.y * kBiasColumns + threadIdx.x;
     const size_t first = static_cast<size_t>(blockIdx.x) * kBlockRows;
     float sum = 0.0f;

@@ -103,7 +103,7 @@ struct QueryBlockSm90Shared {  // 83 KB: two blocks an SM; every tile starts on 
 // Grid: the query blocks of a head, longest first, head by head. Writes row_stats too, for the kernel by key
 // blocks.
 __global__ void __launch_bounds__(kWarpgroupThreads, 2)
-attention_backward_queries_sm90_kernel(BackwardArguments a) {
+    attention_backward_queries_sm90_kernel(BackwardArguments a) {
     QueryBlockSm90Shared& s = shared<QueryBlockSm90Shared>();
     const int head = a.first_head + blockIdx.x / a.blocks(), block = a.blocks() - 1 - blockIdx.x % a.blocks();
     const int group_row = threadIdx.x / 128 * kWarpgroupRows, warp_row = threadIdx.x / 32 * 16;
@@ -204,7 +204,7 @@ __device__ inline void probabilities_by_key(float (&p)[1][8][4], float (&dots)[8
 
 // Grid: the key blocks of a head, longest first, head by head.
 __global__ void __launch_bounds__(kWarpgroupThreads, 1)
-attention_backward_keys_sm90_kernel(BackwardArguments a) {
+    attention_backward_keys_sm90_kernel(BackwardArguments a) {
     KeyBlockSm90Shared& s = shared<KeyBlockSm90Shared>();
     const int head = a.first_head + blockIdx.x / a.blocks(), block = blockIdx.x % a.blocks();
     const int group = threadIdx.x / 128, warp_row = threadIdx.x / 32 * 16;

@@ -46,7 +46,7 @@ struct ForwardShared {  // 48 KB: two blocks an SM on every GPU from sm_80
 // Grid: the query blocks of a head, longest first, head by head, so that the blocks that run together share K
 // and V in L2.
 __global__ void __launch_bounds__(kThreads, 2)
-attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH) {
+    attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH) {
     ForwardShared& s = shared<ForwardShared>();
     const int blocks = (T + kQueries - 1) / kQueries;
     const int head = blockIdx.x / blocks, block = blocks - 1 - blockIdx.x % blocks;

@@ -63,7 +63,7 @@ __device__ inline void pack_probabilities(uint32_t (&p)[4][4], const float (&sco
 
 // Grid as attention_forward_kernel's.
 __global__ void __launch_bounds__(kWarpgroupThreads, 2)
-attention_forward_sm90_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH) {
+    attention_forward_sm90_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH) {
     ForwardSm90Shared& s = shared<ForwardSm90Shared>();
     const int blocks = (T + kBlockRows - 1) / kBlockRows;
     const int head = blockIdx.x / blocks, block = blocks - 1 - blockIdx.x % blocks;

@@ -74,7 +74,7 @@ struct ThreadRow {
 };
 
 __global__ void __launch_bounds__(kRowThreads)
-attention_forward_fp32_kernel(float* out, float* lse, const float* qkv, int T, int NH) {
+    attention_forward_fp32_kernel(float* out, float* lse, const float* qkv, int T, int NH) {
     const auto [head, query] = ThreadRow(T);
     if (query >= T) return;
     const HeadRows<const float> keys = packed_rows(qkv, kKey, head, T, NH),
@@ -101,8 +101,8 @@ attention_forward_fp32_kernel(float* out, float* lse, const float* qkv, int T, i
 
 // Also writes row_dots (B, NH, T) = rowsum(dout o out), which the dK kernel reads.
 __global__ void __launch_bounds__(kRowThreads)
-attention_dq_fp32_kernel(float* dqkv, float* row_dots, const float* dout, const float* out,
-                         const float* qkv, const float* lse, int T, int NH) {
+    attention_dq_fp32_kernel(float* dqkv, float* row_dots, const float* dout, const float* out,
+                             const float* qkv, const float* lse, int T, int NH) {
     const auto [head, query] = ThreadRow(T);
     if (query >= T) return;
     const HeadRows<const float> keys = packed_rows(qkv, kKey, head, T, NH),
@@ -122,8 +122,8 @@ attention_dq_fp32_kernel(float* dqkv, float* row_dots, const float* dout, const 
 }
 
 __global__ void __launch_bounds__(kRowThreads)
-attention_dk_fp32_kernel(float* dqkv, const float* row_dots, const float* dout, const float* qkv,
-                         const float* lse, int T, int NH) {
+    attention_dk_fp32_kernel(float* dqkv, const float* row_dots, const float* dout, const float* qkv,
+                             const float* lse, int T, int NH) {
     const auto [head, key] = ThreadRow(T);
     if (key >= T) return;
     const HeadRows<const float> queries = packed_rows(qkv, kQuery, head, T, NH),
@@ -143,8 +143,8 @@ attention_dk_fp32_kernel(float* dqkv, const float* row_dots, const float* dout, 
 }
 
 __global__ void __launch_bounds__(kRowThreads)
-attention_dv_fp32_kernel(float* dqkv, const float* dout, const float* qkv, const float* lse, int T,
-                         int NH) {
+    attention_dv_fp32_kernel(float* dqkv, const float* dout, const float* qkv, const float* lse, int T,
+                             int NH) {
     const auto [head, key] = ThreadRow(T);
     if (key >= T) return;
     const HeadRows<const float> queries = packed_rows(qkv, kQuery, head, T, NH),

@@ -16,7 +16,7 @@
 
 // ---- tiles ------------------------------------------------------------------------------------------------
 
-inline constexpr int kBiasWarps = 8;                         // of a block, each on rows of its own
+inline constexpr int kBiasWarps = 8;  // of a block, each on rows of its own
 inline constexpr int kBiasThreads = kBiasWarps * kWarpSize;
 inline constexpr int kBiasColumns = kWarpSize * x128::size;  // of a block: 512 contiguous bytes a row
 inline constexpr int kBiasUnroll = 4;                        // 16-byte loads in flight a thread

@@ -115,9 +115,10 @@ struct RowResult {
 // Lane l of a row's kLanes holds packs l, l + kLanes, ..., kPacks of them. The lane that holds the target
 // writes the loss: no lane reads memory that another one overwrites.
 template <int kLanes, int kPacks>
-__global__ __launch_bounds__(kClassifierShortThreads, 4) void classifier_warp_kernel(
-    floatX* logits, float* losses, const int* targets, float dloss_scale, int rows, int V, int Vp,
-    bool with_gradient) {
+__global__ __launch_bounds__(kClassifierShortThreads,
+                             4) void classifier_warp_kernel(floatX* logits, float* losses, const int* targets,
+                                                            float dloss_scale, int rows, int V, int Vp,
+                                                            bool with_gradient) {
     const int64_t row =
         static_cast<int64_t>(blockIdx.x) * (kClassifierShortThreads / kLanes) + threadIdx.x / kLanes;
     const int lane = threadIdx.x % kLanes;

@@ -183,8 +183,7 @@ class BatchReader {
         }
         if (slot.error.empty())
             sort_positions(slot.order.data(), counts_, slot.tokens.data(), n, c_.vocab_size);
-        else
-            slot.error = c_.flag + (": " + slot.error);
+        else slot.error = c_.flag + (": " + slot.error);
     }
 
   private:

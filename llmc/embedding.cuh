@@ -4,7 +4,7 @@
 // Rows are (C) of floatX, gradients fp32. Nothing is saved but the tokens.
 //
 // The backward pass is deterministic and has no atomics, although many positions share a token. The host
-// sorts the positions by token (embedding_order); the sorted list is cut into segments of 32, whose warps add
+// sorts the positions by token (sort_positions() of dataloader.h); the sorted list is cut into segments of 32, whose warps add
 // up runs of equal tokens in order:
 //
 //     tokens, sorted   | 3 3 3 7 | 7 7 7 7 | 7 9 9 9 | 9 9 9 9 |      (segments of 4 here)
@@ -16,7 +16,6 @@
 // the parts of each such run, in order. So a token that fills half of the batch, a space in a vocabulary of
 // bytes, is summed by as many warps as a rare one.
 #pragma once
-#include <vector>
 #include "llmc/fatal.h"     // fatal, ceil_div
 #include "llmc/gpu.cuh"     // floatX, Gpu, Write
 #include "llmc/launch.cuh"  // launch, shared
@@ -165,15 +164,6 @@ __global__ __launch_bounds__(kEmbeddingMergeWarps* kWarpSize) void embedding_bac
 
 // ---- host -------------------------------------------------------------------------------------------------
 
-// order_cpu (n) = the positions 0 .. n - 1 stably sorted by token, which must lie in [0, V): a counting sort.
-//   tokens {5, 2, 5, 0}, V = 6   ->   order {3, 1, 0, 2}
-inline void embedding_order(int* order_cpu, const int* tokens_cpu, int n, int V) {
-    std::vector<int> next(static_cast<size_t>(V) + 1);
-    for (int i = 0; i < n; i++) next[tokens_cpu[i] + 1]++;
-    for (int v = 0; v < V; v++) next[v + 1] += next[v];
-    for (int i = 0; i < n; i++) order_cpu[next[tokens_cpu[i]]++] = i;
-}
-
 // out[b, t] = wte[tokens[b, t]] + wpe[t], rounded once.
 //   out (B, T, C) written; tokens (B, T), each a row of wte (Vp, C), and wpe (T or more, C) read; no
 //   aliasing. C a multiple of x128::size. Async on gpu.stream, deterministic.
@@ -192,7 +182,7 @@ inline size_t embedding_backward_scratch_floats(int64_t n, int C) {
 // dwte[v] += the rows of dout whose token is v; dwpe = or += dout summed over B.
 //   dwte (Vp, C) read and written, where a token occurs; dwpe (P, C), P >= T, written: with Write::Assign
 //   rows from T on become 0, with Write::Add they stay. scratch of embedding_backward_scratch_floats(B T, C);
-//   dout (B, T, C), tokens (B, T) and order (B T), their embedding_order, read. C a multiple of x128::size, B
+//   dout (B, T, C), tokens (B, T) and order (B T), their sort_positions(), read. C a multiple of x128::size, B
 //   T < 2^31. Async on gpu.stream, deterministic: the bits depend on the tokens and shapes alone.
 inline void embedding_backward(float* dwte, float* dwpe, float* scratch, const floatX* dout,
                                const int* tokens, const int* order, int B, int T, int P, int C,

@@ -10,6 +10,7 @@
 #include <stdio.h>   // vsnprintf, fflush
 #include <unistd.h>  // write, _exit
 
+#include <algorithm>  // max
 #include <string>
 
 // This process' rank: its identity, set once when the ranks are known, and the only state of its kind.
@@ -18,15 +19,20 @@ inline int& process_rank() {
     return rank;
 }
 
+// vprintf into a string.
+inline std::string text_of_list(const char* format, va_list args) {
+    va_list again;
+    va_copy(again, args);
+    std::string text(std::max(0, vsnprintf(nullptr, 0, format, again)), '\0');
+    va_end(again);
+    vsnprintf(text.data(), text.size() + 1, format, args);
+    return text;
+}
+
 // Writes "rank R: " + prefix + the formatted text + newline to standard error in one write, so that the lines
 // of several ranks don't mix. Line breaks inside the text (a file's name may hold one) become spaces.
 inline void print_error_line(const char* prefix, const char* format, va_list args) {
-    va_list again;
-    va_copy(again, args);
-    const int length = vsnprintf(nullptr, 0, format, again);
-    va_end(again);
-    std::string text(length > 0 ? length : 0, '\0');
-    vsnprintf(text.data(), text.size() + 1, format, args);
+    std::string text = text_of_list(format, args);
     for (char& c : text) {
         if (c == '\n' || c == '\r') c = ' ';
     }

@@ -19,14 +19,13 @@
 #include <string_view>
 #include <utility>
 
+#include "llmc/fatal.h"  // text_of_list
+
 // printf into a string:  text_of("%s: %d rows", "a.bin", 3) == "a.bin: 3 rows"
 [[gnu::format(printf, 1, 2)]] inline std::string text_of(const char* format, ...) {
-    va_list args, again;
+    va_list args;
     va_start(args, format);
-    va_copy(again, args);
-    std::string text(std::max(0, vsnprintf(nullptr, 0, format, args)), '\0');
-    vsnprintf(text.data(), text.size() + 1, format, again);
-    va_end(again);
+    std::string text = text_of_list(format, args);
     va_end(args);
     return text;
 }

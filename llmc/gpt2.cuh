@@ -53,8 +53,8 @@ class Gpt2 {
     // Floats of scratch: kernels use it one after the other, so the hungriest decides.
     static size_t scratch_floats(const Gpt2Config& c, const Gpu& gpu) {
         const int B = c.batch_size, T = c.seq_len, C = c.shape.channels, N = B * T;
-        return std::max({embedding_backward_scratch_floats(N, C), layernorm_backward_scratch_floats(N, C, gpu),
-                         bias_backward_scratch_floats(N, 4 * C),
+        return std::max({embedding_backward_scratch_floats(N, C),
+                         layernorm_backward_scratch_floats(N, C, gpu), bias_backward_scratch_floats(N, 4 * C),
                          attention_backward_scratch_floats(B, T, c.shape.heads, gpu)});
     }
 
@@ -74,7 +74,8 @@ class Gpt2 {
           tokens_(3 * max_tokens()),
           staging_(2 * 3 * max_tokens()),
           loss_(1) {
-        for (cudaEvent_t& event : staged_) CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+        for (cudaEvent_t& event : staged_)
+            CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
         weights = table.view(weights_.get());
         gradients = table.view(gradients_.get());
         act = activation_table.view(activations_.get());
@@ -87,9 +88,7 @@ class Gpt2 {
     // ---- arenas, for the optimizer, checkpoints and tests; Np elements each ------------------------------------------
 
     floatX* weights_arena() { return weights_.get(); }
-    float* master_arena() {
-        return kOneArena ? reinterpret_cast<float*>(weights_.get()) : master_.get();
-    }
+    float* master_arena() { return kOneArena ? reinterpret_cast<float*>(weights_.get()) : master_.get(); }
     float* gradients_arena() { return gradients_.get(); }
     const float* loss() const { return loss_.get(); }
     const float* losses() const { return act.losses; }
@@ -106,7 +105,8 @@ class Gpt2 {
         gpu_.synchronize();  // data_cpu is lent for the call
     }
     void finish_loading() {
-        if constexpr (!kOneArena) round_weights(weights_.get(), master_.get(), table.padded_parameters(), gpu_);
+        if constexpr (!kOneArena)
+            round_weights(weights_.get(), master_.get(), table.padded_parameters(), gpu_);
     }
     // out_cpu (count) = master weights first .. first + count of a block. Synchronous.
     void read_tensor(float* out_cpu, size_t block, size_t first, size_t count) {
@@ -145,9 +145,13 @@ class Gpt2 {
     void validate(int sequences, Write write, float token_weight) {
         forward(config.batch_size);
         const int64_t rows = static_cast<int64_t>(sequences) * config.seq_len;
-        for_logit_chunks(rows, [&](int64_t first, int64_t n) { classify(first, n, 0.0f, ClassifierMode::LossOnly); });
+        for_logit_chunks(
+            rows, [&](int64_t first, int64_t n) { classify(first, n, 0.0f, ClassifierMode::LossOnly); });
         loss_mean(loss_.get(), act.losses, static_cast<int>(rows), token_weight, write, range(Classifier));
     }
+
+    // A product is a line or two here, with its operands side by side.
+    // clang-format off
 
     // logits() (Vp) = those that follow tokens_cpu, one sequence of at most seq_len tokens. Async.
     void next_token_logits(std::span<const int32_t> tokens_cpu) {
@@ -328,6 +332,7 @@ class Gpt2 {
                            w.ln1w, a.ln1_mean, a.ln1_rstd, N, C, Write::Add, write, range(Layernorm));
     }
 
+    // clang-format on
     // ---- what is owned -----------------------------------------------------------------------------------------------
 
     size_t max_tokens() const { return static_cast<size_t>(config.batch_size) * config.seq_len; }
@@ -341,7 +346,7 @@ class Gpt2 {
     DeviceBuffer<unsigned char> activations_;
     DeviceBuffer<floatX> logits_;
     DeviceBuffer<float> scratch_;
-    DeviceBuffer<int> tokens_;  // inputs, targets, order: (B, T) each
+    DeviceBuffer<int> tokens_;   // inputs, targets, order: (B, T) each
     PinnedBuffer<int> staging_;  // two turns of the same
     cudaEvent_t staged_[2];
     size_t turn_ = 0;

@@ -28,7 +28,8 @@ enum class Write { Assign, Add };
 
 inline void check_cuda(cudaError_t status, const char* expression, const char* file, int line) {
     if (status == cudaSuccess) return;
-    fatal("%s:%d: %s failed: %s (%s)", file, line, expression, cudaGetErrorName(status), cudaGetErrorString(status));
+    fatal("%s:%d: %s failed: %s (%s)", file, line, expression, cudaGetErrorName(status),
+          cudaGetErrorString(status));
 }
 
 inline void check_cublas(cublasStatus_t status, const char* expression, const char* file, int line) {
@@ -51,8 +52,10 @@ class DeviceBuffer {
         if (n == 0) return;
         cudaError_t status = cudaMalloc(reinterpret_cast<void**>(&data_), n * sizeof(T));
         if (status == cudaErrorMemoryAllocation)
-            fatal("out of device memory: wanted %zu bytes (%.2f GiB) more; use a smaller --batch-size or --recompute block",
-                  n * sizeof(T), static_cast<double>(n * sizeof(T)) / (1u << 30));
+            fatal(
+                "out of device memory: wanted %zu bytes (%.2f GiB) more; use a smaller --batch-size or "
+                "--recompute block",
+                n * sizeof(T), static_cast<double>(n * sizeof(T)) / (1u << 30));
         check_cuda(status, "cudaMalloc", __FILE__, __LINE__);
     }
     DeviceBuffer(DeviceBuffer&& other) noexcept { swap(other); }
@@ -129,8 +132,10 @@ struct Gpu {
         CUDA_CHECK(cudaSetDevice(0));
         CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
         if (properties.major < 8)
-            fatal("%s has compute capability %d.%d, this program needs 8.0 or newer; build with DEVICE=sim to run on the CPU",
-                  properties.name, properties.major, properties.minor);
+            fatal(
+                "%s has compute capability %d.%d, this program needs 8.0 or newer; build with DEVICE=sim to "
+                "run on the CPU",
+                properties.name, properties.major, properties.minor);
         CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
         CUBLAS_CHECK(cublasLtCreate(&cublaslt));
         workspace = DeviceBuffer<unsigned char>(std::min(size_t{256} << 20, properties.totalGlobalMem / 256));
@@ -150,8 +155,9 @@ struct Gpu {
             const char* name;
             double tflops;
         };
-        constexpr Peak kPeaks[] = {{"H100 PCIe", 756}, {"H100 NVL", 835}, {"H100", 989}, {"H200", 989}, {"GH200", 989},
-                                   {"A100", 312},      {"RTX 4090", 165}, {"RTX 3090", 71}, {"L40S", 362}, {"A10G", 70}};
+        constexpr Peak kPeaks[] = {{"H100 PCIe", 756}, {"H100 NVL", 835}, {"H100", 989},     {"H200", 989},
+                                   {"GH200", 989},     {"A100", 312},     {"RTX 4090", 165}, {"RTX 3090", 71},
+                                   {"L40S", 362},      {"A10G", 70}};
         for (const Peak& peak : kPeaks)
             if (std::string(properties.name).find(peak.name) != std::string::npos) return peak.tflops * 1e12;
         return 0;

@@ -110,8 +110,8 @@ struct SumOfSquaresShared {
 };
 
 // partial[chunk] = sum of g^2 over the chunk. One CUDA block a chunk.
-__global__ __launch_bounds__(kChunkThreads) void sum_of_squares_kernel(
-    double* partial, const float* gradient, const Chunk* chunks) {
+__global__ __launch_bounds__(kChunkThreads) void sum_of_squares_kernel(double* partial, const float* gradient,
+                                                                       const Chunk* chunks) {
     SumOfSquaresShared& s = shared<SumOfSquaresShared>();
     const Chunk chunk = chunks[blockIdx.x];
     const float* g = gradient + chunk.begin;
@@ -131,8 +131,9 @@ __global__ __launch_bounds__(kChunkThreads) void sum_of_squares_kernel(
 inline constexpr int kDecideThreads = 1024;  // one block reads the 190,000 partial sums of 1.5B parameters
 
 // Sums the chunks' partial sums and writes the step's decisions. One CUDA block.
-__global__ __launch_bounds__(kDecideThreads) void decide_step_kernel(
-    StepState* state, const double* partial, const float* loss, size_t num_chunks, double clip) {
+__global__ __launch_bounds__(kDecideThreads) void decide_step_kernel(StepState* state, const double* partial,
+                                                                     const float* loss, size_t num_chunks,
+                                                                     double clip) {
     SumOfSquaresShared& s = shared<SumOfSquaresShared>();
     double sum = 0;
 #pragma unroll 4

@@ -3,11 +3,11 @@
 // function of (seed, b, i), so that neither the launch nor the number of ranks changes it.
 #pragma once
 #include <cmath>
-#include "llmc/fatal.h"    // ceil_div
-#include "llmc/gpu.cuh"    // floatX
-#include "llmc/launch.cuh" // launch
-#include "llmc/random.cuh" // philox, normal_pair
-#include "llmc/tensors.h"  // TensorTable, Init
+#include "llmc/fatal.h"     // ceil_div
+#include "llmc/gpu.cuh"     // floatX
+#include "llmc/launch.cuh"  // launch
+#include "llmc/random.cuh"  // philox, normal_pair
+#include "llmc/tensors.h"   // TensorTable, Init
 
 inline constexpr float kInitDeviation = 0.02f;
 inline constexpr int kInitThreads = 256;
@@ -15,7 +15,8 @@ inline constexpr int kInitPerThread = 4;  // one Philox call yields four words, 
 
 // master (n) = deviation * normal, weights (n) = master rounded. One thread four elements; n is a multiple of 4.
 __global__ void __launch_bounds__(kInitThreads)
-initialise_normal_kernel(floatX* weights, float* master, size_t n, float deviation, uint64_t seed, uint64_t stream) {
+    initialise_normal_kernel(floatX* weights, float* master, size_t n, float deviation, uint64_t seed,
+                             uint64_t stream) {
     const size_t quad = static_cast<size_t>(blockIdx.x) * kInitThreads + threadIdx.x;
     if (quad * kInitPerThread >= n) return;
     const uint4 bits = philox(seed, stream, quad);
@@ -30,7 +31,7 @@ initialise_normal_kernel(floatX* weights, float* master, size_t n, float deviati
 
 // master (n) = value, weights (n) = value.
 __global__ void __launch_bounds__(kInitThreads)
-initialise_constant_kernel(floatX* weights, float* master, size_t n, float value) {
+    initialise_constant_kernel(floatX* weights, float* master, size_t n, float value) {
     const size_t quad = static_cast<size_t>(blockIdx.x) * kInitThreads + threadIdx.x;
     for (int i = 0; i < kInitPerThread; i++) {
         const size_t at = quad * kInitPerThread + i;
@@ -41,7 +42,8 @@ initialise_constant_kernel(floatX* weights, float* master, size_t n, float value
 }
 
 // weights (n) = master (n) rounded to nearest.
-__global__ void __launch_bounds__(kInitThreads) round_weights_kernel(floatX* weights, const float* master, size_t n) {
+__global__ void __launch_bounds__(kInitThreads)
+    round_weights_kernel(floatX* weights, const float* master, size_t n) {
     const size_t quad = static_cast<size_t>(blockIdx.x) * kInitThreads + threadIdx.x;
     for (int i = 0; i < kInitPerThread; i++) {
         const size_t at = quad * kInitPerThread + i;
@@ -49,7 +51,9 @@ __global__ void __launch_bounds__(kInitThreads) round_weights_kernel(floatX* wei
     }
 }
 
-inline unsigned initialise_grid(size_t n) { return static_cast<unsigned>(ceil_div(n, kInitThreads * kInitPerThread)); }
+inline unsigned initialise_grid(size_t n) {
+    return static_cast<unsigned>(ceil_div(n, kInitThreads * kInitPerThread));
+}
 
 // weights, master (Np) = the initial weights of `table`'s model; pads 0. In fp32 both may be one arena. Async.
 inline void initialise(floatX* weights, float* master, const TensorTable& table, uint64_t seed, Gpu& gpu) {

@@ -54,10 +54,8 @@ class Builder {
     bool place(Json value) {
         if (++values_ > kMostJsonValues)
             return refuse(text_of("JSON of more than %zu values", kMostJsonValues));
-        if (open_.empty())
-            root_ = std::move(value);
-        else
-            open_.back()->items.push_back(std::move(value));
+        if (open_.empty()) root_ = std::move(value);
+        else open_.back()->items.push_back(std::move(value));
         return true;
     }
 
@@ -82,19 +80,19 @@ class Builder {
 
 nlohmann::ordered_json to_library(const Json& value) {
     switch (value.kind) {
-    case Json::Kind::null: return nullptr;
-    case Json::Kind::boolean: return value.boolean;
-    case Json::Kind::integer: return value.integer;
-    case Json::Kind::number: return value.number;
-    case Json::Kind::string: return value.string;
-    case Json::Kind::array: break;
-    case Json::Kind::object: {
-        auto object = nlohmann::ordered_json::object_t();
-        object.reserve(value.items.size());
-        for (size_t i = 0; i < value.items.size(); i++)
-            object.push_back({value.keys[i], to_library(value.items[i])});
-        return object;
-    }
+        case Json::Kind::null: return nullptr;
+        case Json::Kind::boolean: return value.boolean;
+        case Json::Kind::integer: return value.integer;
+        case Json::Kind::number: return value.number;
+        case Json::Kind::string: return value.string;
+        case Json::Kind::array: break;
+        case Json::Kind::object: {
+            auto object = nlohmann::ordered_json::object_t();
+            object.reserve(value.items.size());
+            for (size_t i = 0; i < value.items.size(); i++)
+                object.push_back({value.keys[i], to_library(value.items[i])});
+            return object;
+        }
     }
     auto array = nlohmann::ordered_json::array();
     for (const Json& item : value.items) array.push_back(to_library(item));

@@ -7,7 +7,7 @@
 //     }
 //     launch<RowSumShared>(row_sum_kernel, {rows, 256}, gpu, out, inp, C);
 //
-// Kernels with no shared memory leave the type out. <<<>>>, __shared__ and extern __shared__ are used nowhere: so g++
+// Kernels with no shared memory leave the type out. Triple angle brackets and __shared__ are used nowhere else: so g++
 // parses every file for the simulator, which poisons, bounds and watches what shared<T>() hands out.
 #pragma once
 #include <cxxabi.h>  // demangled kernel names in errors
@@ -33,8 +33,9 @@ struct LaunchShape {
     LaunchShape(dim3 grid_, dim3 block_, const char* file_ = __builtin_FILE(), int line_ = __builtin_LINE())
         : grid(grid_), block(block_), file(file_), line(line_) {}
     template <class Grid>
-        requires std::is_integral_v<Grid>  // 64-bit counts are checked here, not truncated on the way to dim3
-    LaunchShape(Grid grid_, unsigned block_, const char* file_ = __builtin_FILE(), int line_ = __builtin_LINE())
+    requires std::is_integral_v<Grid>  // 64-bit counts are checked here, not truncated on the way to dim3
+    LaunchShape(Grid grid_, unsigned block_, const char* file_ = __builtin_FILE(),
+                int line_ = __builtin_LINE())
         : grid(static_cast<unsigned>(grid_)), block(block_), file(file_), line(line_) {
         if (grid_ <= 0 || static_cast<unsigned long long>(grid_) > 0x7fffffffull)
             fatal("%s:%d: a grid of %lld blocks was asked for; a launch takes 1 to 2^31 - 1", file, line,
@@ -59,26 +60,33 @@ inline std::string kernel_name(const void* kernel) {
 // Starts `kernel` on gpu.stream with sizeof(Shared) bytes of shared memory (none for void). Asynchronous; arguments are
 // converted to the kernel's parameter types. A launch that CUDA refuses is fatal, with the call site.
 template <class Shared = void, class... Parameters, class... Arguments>
-inline void launch(void (*kernel)(Parameters...), LaunchShape shape, const Gpu& gpu, Arguments&&... arguments) {
-    static_assert(sizeof...(Parameters) == sizeof...(Arguments), "as many arguments as the kernel has parameters");
+inline void launch(void (*kernel)(Parameters...), LaunchShape shape, const Gpu& gpu,
+                   Arguments&&... arguments) {
+    static_assert(sizeof...(Parameters) == sizeof...(Arguments),
+                  "as many arguments as the kernel has parameters");
     constexpr size_t kStaticLimit = 48 * 1024;  // more than this must be opted into
     size_t shared_bytes = 0;
     if constexpr (!std::is_void_v<Shared>) shared_bytes = sizeof(Shared);
     const void* address = reinterpret_cast<const void*>(kernel);
     cudaError_t status = cudaSuccess;
     if (shared_bytes > kStaticLimit)
-        status = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        status = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shared_bytes));
     cudaLaunchConfig_t config{};
     config.gridDim = shape.grid;
     config.blockDim = shape.block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = gpu.stream;
     if (status == cudaSuccess)
-        status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(std::forward<Arguments>(arguments))...);
+        status = cudaLaunchKernelEx(&config, kernel,
+                                    static_cast<Parameters>(std::forward<Arguments>(arguments))...);
     if (status == cudaSuccess) return;
-    fatal("%s:%d: launch of %s with grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of shared memory failed: %s (%s)",
-          shape.file, shape.line, kernel_name(address).c_str(), shape.grid.x, shape.grid.y, shape.grid.z, shape.block.x,
-          shape.block.y, shape.block.z, shared_bytes, cudaGetErrorName(status), cudaGetErrorString(status));
+    fatal(
+        "%s:%d: launch of %s with grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of shared memory failed: "
+        "%s (%s)",
+        shape.file, shape.line, kernel_name(address).c_str(), shape.grid.x, shape.grid.y, shape.grid.z,
+        shape.block.x, shape.block.y, shape.block.z, shared_bytes, cudaGetErrorName(status),
+        cudaGetErrorString(status));
 }
 
 // How many blocks of `kernel` the whole GPU holds at once: the grid of a persistent kernel.
@@ -88,9 +96,11 @@ inline int resident_blocks(void (*kernel)(Parameters...), int threads, const Gpu
     if constexpr (!std::is_void_v<Shared>) shared_bytes = sizeof(Shared);
     if (shared_bytes > 48 * 1024)
         CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
     int per_sm = 0;
     CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, shared_bytes));
-    if (per_sm == 0) fatal("%s does not fit on an SM", kernel_name(reinterpret_cast<const void*>(kernel)).c_str());
+    if (per_sm == 0)
+        fatal("%s does not fit on an SM", kernel_name(reinterpret_cast<const void*>(kernel)).c_str());
     return per_sm * gpu.properties.multiProcessorCount;
 }

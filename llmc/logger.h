@@ -92,12 +92,13 @@ class Logger {
     // Creates output_dir and its parents where they are missing. Fatal where that can't be done or no log could be written
     // there, or where one is there already: a run never overwrites another. The log itself comes with the first record, so
     // that a run which fails before can be started again by the same command.
-    explicit Logger(const std::string& output_dir) : output_dir_(output_dir), path_(output_dir + "/log.jsonl") {
+    explicit Logger(const std::string& output_dir)
+        : output_dir_(output_dir), path_(output_dir + "/log.jsonl") {
         std::error_code error;
         std::filesystem::create_directories(output_dir, error);
         if (error) {
-            fatal("--output-dir %s can't be created: %s; give a directory that can be written", output_dir.c_str(),
-                  error.message().c_str());
+            fatal("--output-dir %s can't be created: %s; give a directory that can be written",
+                  output_dir.c_str(), error.message().c_str());
         }
         create();
         close(std::exchange(fd_, -1));
@@ -105,7 +106,9 @@ class Logger {
     }
 
     Logger(Logger&& other) noexcept
-        : output_dir_(std::move(other.output_dir_)), path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)) {}
+        : output_dir_(std::move(other.output_dir_)),
+          path_(std::move(other.path_)),
+          fd_(std::exchange(other.fd_, -1)) {}
     Logger& operator=(Logger&& other) noexcept {
         std::swap(output_dir_, other.output_dir_);
         std::swap(path_, other.path_);

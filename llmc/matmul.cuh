@@ -325,8 +325,8 @@ inline size_t choose_fastest(const std::vector<double>& us) {
 // medians are compared.
 inline size_t measure_plans(std::vector<MatmulPlan>& plans, const MatmulOperands& operands, Gpu& gpu) {
     constexpr int kRounds = 5;
-    constexpr double kHopeless = 1.2;      // times the fastest of the first look
-    constexpr double kRoundUs = 2000;      // of each plan in each round: far above the events' resolution
+    constexpr double kHopeless = 1.2;  // times the fastest of the first look
+    constexpr double kRoundUs = 2000;  // of each plan in each round: far above the events' resolution
     std::vector<double> first_look(plans.size());
     for (size_t i = 0; i < plans.size(); i++) {
         run_plan(plans[i], operands, gpu);
@@ -360,19 +360,19 @@ inline size_t measure_plans(std::vector<MatmulPlan>& plans, const MatmulOperands
 // N rows; C, OC the widths of inp and out. All pointers on the device, 16-byte aligned, and not overlapping;
 // C and OC multiples of 8 (bf16) or 4 (fp32). For the head weight is wte (OC, C) and OC = Vp.
 struct MatmulForward {
-    floatX* out;                             // (N, OC) =
-    const floatX *inp, *weight;              // (N, C), (C, OC)
-    const floatX* bias = nullptr;            // (OC), or none
+    floatX* out;                   // (N, OC) =
+    const floatX *inp, *weight;    // (N, C), (C, OC)
+    const floatX* bias = nullptr;  // (OC), or none
     int64_t N, C, OC;
 };
 struct MatmulForwardGelu {
-    floatX *out, *pre_gelu;                  // (N, OC) =, both
-    const floatX *inp, *weight, *bias;       // (N, C), (C, OC), (OC)
+    floatX *out, *pre_gelu;             // (N, OC) =, both
+    const floatX *inp, *weight, *bias;  // (N, C), (C, OC), (OC)
     int64_t N, C, OC;
 };
 struct MatmulDgrad {
-    floatX* dinp;                            // (N, C) =
-    const floatX *dout, *weight;             // (N, OC), (C, OC)
+    floatX* dinp;                 // (N, C) =
+    const floatX *dout, *weight;  // (N, OC), (C, OC)
     int64_t N, C, OC;
 };
 struct MatmulDgradGelu {
@@ -381,8 +381,8 @@ struct MatmulDgradGelu {
     int64_t N, C, OC;
 };
 struct MatmulWgrad {
-    float* dweight;                          // (C, OC) = or +=; for the head (OC, C)
-    const floatX *inp, *dout;                // (N, C), (N, OC)
+    float* dweight;            // (C, OC) = or +=; for the head (OC, C)
+    const floatX *inp, *dout;  // (N, C), (N, OC)
     int64_t N, C, OC;
     Write write;
 };

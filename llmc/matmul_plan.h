@@ -8,17 +8,17 @@
 // checked by cublasLtMatmulAlgoCheck first (matmul.cuh).
 #pragma once
 
-#include <compare>     // operator<=>
+#include <compare>  // operator<=>
 #include <cstdint>
 #include <cstdio>      // rename
 #include <cstdlib>     // getenv
 #include <filesystem>  // create_directories
 #include <map>
-#include <sstream>     // istringstream
+#include <sstream>  // istringstream
 #include <string>
 #include <type_traits>
-#include <utility>     // pair
-#include <unistd.h>    // getpid
+#include <utility>   // pair
+#include <unistd.h>  // getpid
 
 #include <cublasLt.h>    // the names of an algorithm's settings
 #include "llmc/file.h"   // File, text_of

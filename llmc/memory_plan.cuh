@@ -70,20 +70,22 @@ inline void print_memory_plan(const Gpt2Config& config, const Optimizer::Options
     const size_t available = available_memory(gpu);
     std::printf("parameters: %zu, padded %zu\n", table.parameters(), Np);
     std::printf("%-18s %15s %9s\n", "device memory", "bytes", "GiB");
-    for (const MemoryOwner& owner : plan) std::printf("  %-16s %15zu %9.3f\n", owner.name, owner.bytes, gib(owner.bytes));
-    std::printf("  %-16s %15zu %9.3f of %.3f GiB available on %s\n", "total", total_bytes(plan), gib(total_bytes(plan)),
-                gib(available), gpu.properties.name);
+    for (const MemoryOwner& owner : plan)
+        std::printf("  %-16s %15zu %9.3f\n", owner.name, owner.bytes, gib(owner.bytes));
+    std::printf("  %-16s %15zu %9.3f of %.3f GiB available on %s\n", "total", total_bytes(plan),
+                gib(total_bytes(plan)), gib(available), gpu.properties.name);
 
     const size_t adamw_bytes = AdamW::state_bytes({}, Np, blocks);
     const size_t sgd_sai_bytes = SgdSai::state_bytes({}, Np, blocks);
     const double saved = static_cast<double>(adamw_bytes) - static_cast<double>(sgd_sai_bytes);
-    std::printf("optimizer state: AdamW %zu bytes, SGD-SaI %zu; SGD-SaI saves %.3f GB = %.3f GiB\n", adamw_bytes,
-                sgd_sai_bytes, saved * 1e-9, saved / (size_t{1} << 30));
+    std::printf("optimizer state: AdamW %zu bytes, SGD-SaI %zu; SGD-SaI saves %.3f GB = %.3f GiB\n",
+                adamw_bytes, sgd_sai_bytes, saved * 1e-9, saved / (size_t{1} << 30));
     std::printf("largest --batch-size that fits   %14s %14s\n", "AdamW", "SGD-SaI");
     for (const char* name : {"none", "gelu-layernorm", "block"}) {
         Gpt2Config other = config;
         other.recompute = recompute_of(name);
-        std::printf("  --recompute %-20s %14d %14d\n", name, largest_batch(other, adamw_bytes, available, gpu),
+        std::printf("  --recompute %-20s %14d %14d\n", name,
+                    largest_batch(other, adamw_bytes, available, gpu),
                     largest_batch(other, sgd_sai_bytes, available, gpu));
     }
 }
@@ -91,8 +93,10 @@ inline void print_memory_plan(const Gpt2Config& config, const Optimizer::Options
 // Ends the program where the plan does not fit, with what would: the largest batch for each way to recompute.
 inline void check_memory(const Gpt2Config& config, const Optimizer::Options& options, const Gpu& gpu) {
     const TensorTable table(config.shape);
-    const size_t state_bytes = Optimizer::state_bytes(options, table.padded_parameters(), table.blocks().size());
-    const size_t wanted = total_bytes(plan_memory(config, state_bytes, gpu)), available = available_memory(gpu);
+    const size_t state_bytes =
+        Optimizer::state_bytes(options, table.padded_parameters(), table.blocks().size());
+    const size_t wanted = total_bytes(plan_memory(config, state_bytes, gpu)),
+                 available = available_memory(gpu);
     if (wanted <= available) return;
     std::string remedies;
     for (const char* name : {"none", "gelu-layernorm", "block"}) {
@@ -103,8 +107,8 @@ inline void check_memory(const Gpt2Config& config, const Optimizer::Options& opt
         remedies += (remedies.empty() ? "" : ", or ") + std::string("--batch-size ") +
                     std::to_string(std::min(batch, config.batch_size)) + " --recompute " + name;
     }
-    fatal("--batch-size %d: %.2f GiB of device memory are wanted, %.2f GiB are available on %s; %s", config.batch_size,
-          gib(wanted), gib(available), gpu.properties.name,
+    fatal("--batch-size %d: %.2f GiB of device memory are wanted, %.2f GiB are available on %s; %s",
+          config.batch_size, gib(wanted), gib(available), gpu.properties.name,
           remedies.empty() ? "no batch fits: take a smaller model or a larger GPU"
                            : ("what fits: " + remedies).c_str());
 }

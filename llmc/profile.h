@@ -29,9 +29,18 @@ enum class Group {
 };
 inline constexpr size_t kGroups = 12;
 inline constexpr const char* kGroupNames[] = {
-    "token upload",         "embedding",  "block GEMMs", "attention forward", "attention backward",
-    "layernorm + residual", "gelu",       "bias gradients", "head GEMMs",    "classifier",
-    "norm",                 "optimizer",
+    "token upload",
+    "embedding",
+    "block GEMMs",
+    "attention forward",
+    "attention backward",
+    "layernorm + residual",
+    "gelu",
+    "bias gradients",
+    "head GEMMs",
+    "classifier",
+    "norm",
+    "optimizer",
 };
 static_assert(std::size(kGroupNames) == kGroups && static_cast<size_t>(Group::Optimizer) + 1 == kGroups);
 
@@ -46,7 +55,8 @@ class Profile {
     Profile() = default;
     Profile(const Profile&) = delete;
     ~Profile() {
-        for (const Interval& interval : intervals_) cudaEventDestroy(interval.begin), cudaEventDestroy(interval.end);
+        for (const Interval& interval : intervals_)
+            cudaEventDestroy(interval.begin), cudaEventDestroy(interval.end);
     }
 
     // Not copied, so that it begins and ends once.

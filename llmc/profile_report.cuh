@@ -13,12 +13,12 @@
 #include <string>
 #include <utility>
 #include <vector>
-#include "llmc/file.h"       // text_of
-#include "llmc/gpt2.cuh"     // Gpt2
-#include "llmc/json.h"       // Json
-#include "llmc/logger.h"     // record
-#include "llmc/matmul.cuh"   // time_plan_us, MatmulTuningMemory
-#include "llmc/profile.h"    // Group, GroupTimes
+#include "llmc/file.h"      // text_of
+#include "llmc/gpt2.cuh"    // Gpt2
+#include "llmc/json.h"      // Json
+#include "llmc/logger.h"    // record
+#include "llmc/matmul.cuh"  // time_plan_us, MatmulTuningMemory
+#include "llmc/profile.h"   // Group, GroupTimes
 
 // ---- ceilings --------------------------------------------------------------------------------------------------------
 
@@ -134,7 +134,8 @@ inline Work block_product_work(const Gpt2Config& c, const UpdateShape& u, bool a
     const double shapes[][2] = {{C, 3 * C}, {C, C}, {C, 4 * C}, {4 * C, C}};
     Work block;
     for (const auto& [in, out] : shapes) {
-        const int forwards = c.recompute == Recompute::block && in == C ? 2 : 1;  // all but the last are recomputed
+        const int forwards =
+            c.recompute == Recompute::block && in == C ? 2 : 1;  // all but the last are recomputed
         block += forwards * product_work(N, in, out, kBytesX);
         block += product_work(N, out, in, kBytesX);
         block += product_work(in, N, out, adds ? 8 : 4);
@@ -159,15 +160,18 @@ inline Work head_product_work(const Gpt2Config& c, bool adds) {
 
 // What one micro-step does beside products, per group.
 inline GroupWork elementwise_work(const Gpt2Config& c, const UpdateShape& u) {
-    const double T = c.seq_len, N = static_cast<double>(c.batch_size) * T, C = c.shape.channels, L = c.shape.layers;
+    const double T = c.seq_len, N = static_cast<double>(c.batch_size) * T, C = c.shape.channels,
+                 L = c.shape.layers;
     const double V = c.shape.vocab_size, row = kBytesX * N * C;  // bytes of a (B, T, C)
     const bool again = c.recompute != Recompute::none, block_again = c.recompute == Recompute::block;
     GroupWork w;
     auto work = [&](Group group) -> Work& { return w[static_cast<size_t>(group)]; };
-    work(Group::Upload).bytes = 3 * sizeof(int) * N;  // written once; the link to the host is slower, and no kernel's
+    work(Group::Upload).bytes =
+        3 * sizeof(int) * N;  // written once; the link to the host is slower, and no kernel's
     // Forward reads wte's rows, wpe once, writes x; backward reads dx once, writes dwpe, updates dwte's rows, as many as
     // differ: at most the vocabulary.
-    work(Group::Embedding).bytes = 3 * row + (kBytesX + sizeof(float)) * T * C + 2 * sizeof(float) * std::min(V, N) * C;
+    work(Group::Embedding).bytes =
+        3 * row + (kBytesX + sizeof(float)) * T * C + 2 * sizeof(float) * std::min(V, N) * C;
     // Two products of (T, T, 64) forward and five backward, half of each; packed qkv in, (B, T, C) out, and
     // backward qkv, out, dout in and dqkv out.
     const Work attention = {2 * N * T * C, 4 * row};
@@ -176,11 +180,14 @@ inline GroupWork elementwise_work(const Gpt2Config& c, const UpdateShape& u) {
     // The first norm has no residual sum and the last one's backward assigns; the 2 L others read and write 4 each way.
     const double recomputed = !again ? 0 : block_again ? 2 + 4 : 2 + 2;
     work(Group::Layernorm).bytes = ((2 + 2 * L * 4) + (3 + 2 * L * 4) + L * recomputed) * row;
-    const double gelu_forwards = (u.gelu_fused_forward ? 0 : block_again ? 2 : 1) +
+    const double gelu_forwards = (u.gelu_fused_forward ? 0
+                                  : block_again        ? 2
+                                                       : 1) +
                                  (c.recompute == Recompute::gelu_layernorm ? 1 : 0);
     work(Group::Gelu).bytes = L * 4 * row * (2 * gelu_forwards + (u.gelu_fused_backward ? 0 : 3));
     work(Group::BiasGradient).bytes = L * 4 * row;  // of fc; the others ride in attention and layernorm
-    work(Group::Classifier).bytes = 2 * kBytesX * N * c.shape.padded_vocab_size();  // logits read, gradient written
+    work(Group::Classifier).bytes =
+        2 * kBytesX * N * c.shape.padded_vocab_size();  // logits read, gradient written
     return w;
 }
 
@@ -218,7 +225,8 @@ inline void split_gelu(GroupTimes& times, Gpt2& model, const UpdateShape& u, dou
         times.calls[static_cast<size_t>(Group::Gelu)] += static_cast<int64_t>(calls);
     };
     if (!u.gelu_fused_forward)
-        move((c.recompute == Recompute::block ? 2 : 1) * launches, [&] { gelu_forward(a.fch_gelu, a.fch, n, gpu); });
+        move((c.recompute == Recompute::block ? 2 : 1) * launches,
+             [&] { gelu_forward(a.fch_gelu, a.fch, n, gpu); });
     if (!u.gelu_fused_backward) move(launches, [&] { gelu_backward(a.dfch, a.dfch, a.fch, n, gpu); });
 }
 
@@ -280,8 +288,9 @@ inline ProfileReport profile_report(Gpt2& model, Matmuls& matmuls, const Ceiling
 inline std::string profile_row(const char* name, double calls, double ms, double total_ms, const Work& work,
                                double floor_ms) {
     const std::string tflops = work.flop > 0 ? text_of("%.4g", work.flop / ms * 1e-9) : "-";
-    return text_of("%-21s %7.0f %10.3f %6.1f%% %8s %8.1f %10.3f %6.1f%%\n", name, calls, ms, 100 * ms / total_ms,
-                   tflops.c_str(), work.bytes / ms * 1e-6, floor_ms, 100 * floor_ms / ms);
+    return text_of("%-21s %7.0f %10.3f %6.1f%% %8s %8.1f %10.3f %6.1f%%\n", name, calls, ms,
+                   100 * ms / total_ms, tflops.c_str(), work.bytes / ms * 1e-6, floor_ms,
+                   100 * floor_ms / ms);
 }
 
 // The table, lines of at most 85 columns.
@@ -291,10 +300,11 @@ inline std::string profile_table(const ProfileReport& r) {
     std::string text =
         text_of("profile: %lld updates of %lld tokens in %lld micro-steps, launches timed one by one\n",
                 (long long)r.steps, (long long)r.tokens, (long long)r.micro_steps) +
-        text_of("ceilings: product of %lld %.4g TFLOP/s, copy of %.2f GiB %.4g GB/s\n", (long long)c.product_size,
-                c.flops * 1e-12, static_cast<double>(c.copy_bytes) / (1 << 30), c.bytes_per_second * 1e-9) +
-        text_of("%-21s %7s %10s %7s %8s %8s %10s %7s\n", "an update", "calls", "ms", "share", "TFLOP/s", "GB/s",
-                "floor ms", "floor");
+        text_of("ceilings: product of %lld %.4g TFLOP/s, copy of %.2f GiB %.4g GB/s\n",
+                (long long)c.product_size, c.flops * 1e-12, static_cast<double>(c.copy_bytes) / (1 << 30),
+                c.bytes_per_second * 1e-9) +
+        text_of("%-21s %7s %10s %7s %8s %8s %10s %7s\n", "an update", "calls", "ms", "share", "TFLOP/s",
+                "GB/s", "floor ms", "floor");
     double sum_ms = 0, floor_ms = 0;
     for (size_t g = 0; g < kGroups; g++) {
         if (r.times.calls[g] == 0) continue;
@@ -304,17 +314,20 @@ inline std::string profile_table(const ProfileReport& r) {
         sum_ms += ms, floor_ms += group_floor_ms;
     }
     const double between_ms = r.profiled_ms - sum_ms;
-    text += text_of("%-21s %7s %10.3f %6.1f%%\n", "between launches", "", between_ms, 100 * between_ms / r.profiled_ms);
+    text += text_of("%-21s %7s %10.3f %6.1f%%\n", "between launches", "", between_ms,
+                    100 * between_ms / r.profiled_ms);
     auto total = [&](const char* name, double ms) {
-        text += text_of("%-21s %7s %10.3f %25s %10.3f %6.1f%%\n", name, "", ms, "", floor_ms, 100 * floor_ms / ms);
+        text += text_of("%-21s %7s %10.3f %25s %10.3f %6.1f%%\n", name, "", ms, "", floor_ms,
+                        100 * floor_ms / ms);
     };
     total("all, as timed", r.profiled_ms);
     total(r.graph ? "in training, a graph" : "in training", r.trained_ms);
     const double tokens_per_second = static_cast<double>(r.tokens) / (r.trained_ms * 1e-3);
     text += text_of("in training: %.0f tokens/s", tokens_per_second);
     if (r.peak_flops > 0)
-        text += text_of(", MFU %.1f%% (6 N + 6 L C T over %.0f TFLOP/s)",
-                        100 * tokens_per_second * r.model_flops_per_token / r.peak_flops, r.peak_flops * 1e-12);
+        text +=
+            text_of(", MFU %.1f%% (6 N + 6 L C T over %.0f TFLOP/s)",
+                    100 * tokens_per_second * r.model_flops_per_token / r.peak_flops, r.peak_flops * 1e-12);
     return text;
 }
 
@@ -324,8 +337,12 @@ inline Json profile_record(const ProfileReport& r) {
     const double steps = static_cast<double>(r.steps);
     for (size_t g = 0; g < kGroups; g++) {
         if (r.times.calls[g] == 0) continue;
-        groups.push(Json::object().add("group", kGroupNames[g])
-                        .add("calls", static_cast<double>(r.times.calls[g]) / steps).add("ms", r.times.ms[g] / steps).add("flop", r.work[g].flop).add("bytes", r.work[g].bytes)
+        groups.push(Json::object()
+                        .add("group", kGroupNames[g])
+                        .add("calls", static_cast<double>(r.times.calls[g]) / steps)
+                        .add("ms", r.times.ms[g] / steps)
+                        .add("flop", r.work[g].flop)
+                        .add("bytes", r.work[g].bytes)
                         .add("floor_ms", 1e3 * floor_seconds(r.work[g], r.ceilings)));
     }
     Json out = record("profile");

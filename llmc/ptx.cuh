@@ -33,14 +33,15 @@ __device__ inline float ex2(float x) {
 // Asynchronous copy of 16 bytes from global to shared memory, both 16-byte aligned, past L1. (cp.async.cg)
 // The bytes are there, for this thread, after the cp_async_wait that covers their group; for others after a barrier too.
 __device__ inline void cp_async_16(void* shared_dst, const void* global_src) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared_dst)), "l"(global_src)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared_dst)),
+                 "l"(global_src)
                  : "memory");
 }
 
 // As cp_async_16; writes 16 zero bytes, and does not read the source, where valid is false.
 __device__ inline void cp_async_16_zfill(void* shared_dst, const void* global_src, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared_dst)), "l"(global_src),
-                 "r"(valid ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared_dst)),
+                 "l"(global_src), "r"(valid ? 16 : 0)
                  : "memory");
 }
 
@@ -74,10 +75,11 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_ro
 // a[0..3] hold rows g, g + 8, g, g + 8 at columns 2t (+1), 2t, 2t + 8, 2t + 8; b0, b1 hold rows 2t (+1), 2t + 8 of column g;
 // d[0..3] are (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). (mma.sync.aligned.m16n8k16)
 __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Two floats rounded to nearest even bf16, lo in the lower half. (cvt.rn.bf16x2.f32)
@@ -120,12 +122,12 @@ __device__ inline void barrier_sync(int id, int threads) {
 #define PTX_SM90A(...) __trap()
 #endif
 // The 32 registers of d (64, 64) as operands %0 .. %31, and their names in the instruction.
-#define PTX_OUT8(d, n)                                                                              \
+#define PTX_OUT8(d, n)                                                                                \
     "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3]), "+f"(d[n + 1][0]), "+f"(d[n + 1][1]), \
         "+f"(d[n + 1][2]), "+f"(d[n + 1][3])
 #define PTX_OUT(d) PTX_OUT8(d, 0), PTX_OUT8(d, 2), PTX_OUT8(d, 4), PTX_OUT8(d, 6)
-#define PTX_OUT_NAMES                                                                               \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
+#define PTX_OUT_NAMES                                                         \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
 #define PTX_WGMMA "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " PTX_OUT_NAMES
 
@@ -162,7 +164,8 @@ __device__ inline uint64_t matrix_descriptor(const void* block) {
 template <bool kAdd>
 __device__ inline void wgmma_transposed(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile,
                                         int column) {
-    PTX_SM90A("{ .reg .pred add; setp.ne.b32 add, %37, 0; " PTX_WGMMA "{%32, %33, %34, %35}, %36, add, 1, 1, 0; }"
+    PTX_SM90A("{ .reg .pred add; setp.ne.b32 add, %37, 0; " PTX_WGMMA
+              "{%32, %33, %34, %35}, %36, add, 1, 1, 0; }"
               : PTX_OUT(d)
               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(tile + 2 * column)),
                 "n"(kAdd ? 1 : 0));
@@ -170,7 +173,8 @@ __device__ inline void wgmma_transposed(float (&d)[8][4], const uint32_t (&a)[4]
 
 // d (64, 64) += a (64, 16) times the tile's 16 rows from `row` on, 64 columns. (the same, B MN-major)
 __device__ inline void wgmma(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile, int row) {
-    PTX_SM90A("{ .reg .pred add; setp.ne.b32 add, %37, 0; " PTX_WGMMA "{%32, %33, %34, %35}, %36, add, 1, 1, 1; }"
+    PTX_SM90A("{ .reg .pred add; setp.ne.b32 add, %37, 0; " PTX_WGMMA
+              "{%32, %33, %34, %35}, %36, add, 1, 1, 1; }"
               : PTX_OUT(d)
               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(tile + 128 * row)), "n"(1));
 }

@@ -12,7 +12,8 @@ __device__ inline T warp_sum(T x) {
     return x;
 }
 __device__ inline float warp_max(float x) {
-    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
     return x;
 }
 

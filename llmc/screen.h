@@ -98,12 +98,9 @@ class Screen {
 
     // Prints a line of its own, above the bar.
     [[gnu::format(printf, 2, 3)]] void message(const char* format, ...) {
-        va_list args, again;
+        va_list args;
         va_start(args, format);
-        va_copy(again, args);
-        std::string text(std::max(0, vsnprintf(nullptr, 0, format, args)), '\0');
-        vsnprintf(text.data(), text.size() + 1, format, again);
-        va_end(again);
+        const std::string text = text_of_list(format, args);
         va_end(args);
         print(text + "\n");
     }

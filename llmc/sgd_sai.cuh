@@ -87,8 +87,10 @@ struct GradientSumsShared {
 
 // partial[chunk] = S1 and S2 of the chunk, in one read. One CUDA block a chunk. Nothing where there is
 // nothing to measure.
-__global__ __launch_bounds__(kChunkThreads) void gradient_sums_kernel(
-    GradientSums* partial, const float* gradient, const Chunk* chunks, const StepState* state) {
+__global__ __launch_bounds__(kChunkThreads) void gradient_sums_kernel(GradientSums* partial,
+                                                                      const float* gradient,
+                                                                      const Chunk* chunks,
+                                                                      const StepState* state) {
     if (!measures_gains(*state)) return;
     GradientSumsShared& s = shared<GradientSumsShared>();
     const Chunk chunk = chunks[blockIdx.x];
@@ -110,9 +112,9 @@ __global__ __launch_bounds__(kChunkThreads) void gradient_sums_kernel(
 
 // gsnr[b] and zero[b] of tensor block b, from its chunks' sums, added in a fixed order. One warp, which is
 // one CUDA block, a tensor block.
-__global__ __launch_bounds__(kWarpSize) void gsnr_kernel(
-    GainTable table, const GradientSums* partial, const DeviceBlock* blocks, const StepState* state,
-    double eps) {
+__global__ __launch_bounds__(kWarpSize) void gsnr_kernel(GainTable table, const GradientSums* partial,
+                                                         const DeviceBlock* blocks, const StepState* state,
+                                                         double eps) {
     if (!measures_gains(*state)) return;
     const DeviceBlock block = blocks[blockIdx.x];
     GradientSums sums{0, 0};
@@ -136,8 +138,9 @@ struct BeginShared {
 
 // Counts the update, and derives M and the gains where that isn't done. Where a first gradient was all zero,
 // nothing was measured, and the step is skipped. One CUDA block, before the update.
-__global__ __launch_bounds__(kBeginThreads) void sgd_sai_begin_kernel(
-    StepState* state, GainTable table, const DeviceBlock* blocks, uint32_t num_blocks, GainRule rule) {
+__global__ __launch_bounds__(kBeginThreads) void sgd_sai_begin_kernel(StepState* state, GainTable table,
+                                                                      const DeviceBlock* blocks,
+                                                                      uint32_t num_blocks, GainRule rule) {
     BeginShared& s = shared<BeginShared>();
     const bool apply = state->apply(), ready = state->gains_ready, measured = measures_gains(*state);
     const bool derive = measured || !table.flags->derived;
@@ -347,15 +350,18 @@ class SgdSai {
         for (const TensorBlock& block : blocks) n = std::max(n, block.n);
         const double M = std::sqrt(static_cast<double>(n));
         if ((rule == GainRule::Raw || rule == GainRule::SqrtN) && o.learning_rate > 0.3)
-            warn("--learning-rate %g with --gain %s is very large: it looks like a rate for --gain "
-                 "normalized, about %.0f times as large as the same raw one; --learning-rate %.3g --weight-decay "
-                 "%.3g is the same in raw units",
-                 o.learning_rate, o.gain.c_str(), M, o.learning_rate / M, o.weight_decay * M);
+            warn(
+                "--learning-rate %g with --gain %s is very large: it looks like a rate for --gain "
+                "normalized, about %.0f times as large as the same raw one; --learning-rate %.3g "
+                "--weight-decay "
+                "%.3g is the same in raw units",
+                o.learning_rate, o.gain.c_str(), M, o.learning_rate / M, o.weight_decay * M);
         if (rule == GainRule::Normalized && o.learning_rate / M < 3e-5)
-            warn("--learning-rate %g with --gain normalized is very small: it looks like a rate for --gain "
-                 "raw, about %.0f times smaller than the same normalized one; --learning-rate %.3g "
-                 "--weight-decay %.3g is the same in normalized units",
-                 o.learning_rate, M, o.learning_rate * M, o.weight_decay / M);
+            warn(
+                "--learning-rate %g with --gain normalized is very small: it looks like a rate for --gain "
+                "raw, about %.0f times smaller than the same normalized one; --learning-rate %.3g "
+                "--weight-decay %.3g is the same in normalized units",
+                o.learning_rate, M, o.learning_rate * M, o.weight_decay / M);
     }
 
     // By its formula g-SNR is at least sqrt(n - 1), but for eps: below that the gradient drowned in eps, far

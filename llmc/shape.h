@@ -7,5 +7,7 @@ inline constexpr int kVocabMultiple = 128;  // 50257 -> 50304: whole tensor-core
 // L layers, C channels, NH heads of 64, V tokens, P positions (rows of wpe; a run's sequences may be shorter).
 struct ModelShape {
     int layers, channels, heads, vocab_size, positions;
-    int padded_vocab_size() const { return (vocab_size + kVocabMultiple - 1) / kVocabMultiple * kVocabMultiple; }
+    int padded_vocab_size() const {
+        return (vocab_size + kVocabMultiple - 1) / kVocabMultiple * kVocabMultiple;
+    }
 };

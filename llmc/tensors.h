@@ -16,6 +16,7 @@ enum class Init { zeros, ones, normal, residual };  // normal: std 0.02; residua
 
 // Matrices are stored (in, out), as Hugging Face's GPT-2 stores them; the head is wte. Decay goes to the tensors of two
 // dimensions. The order is the arena's but for the layers, which lie between wpe and lnfw, one after the other.
+// clang-format off
 //    name      Hugging Face's name    scope  rows  cols    decay  init
 #define GPT2_PARAMETERS(X)                                              \
     X(wte,      "wte.weight",           model, Vp, C,       true,  normal)   \
@@ -34,6 +35,7 @@ enum class Init { zeros, ones, normal, residual };  // normal: std 0.02; residua
     X(fcprojb,  "mlp.c_proj.bias",      layer, 1,  C,       false, zeros)    \
     X(lnfw,     "ln_f.weight",          model, 1,  C,       false, ones)     \
     X(lnfb,     "ln_f.bias",            model, 1,  C,       false, zeros)
+// clang-format on
 
 // One tensor of one layer: the unit of weight decay, of g-SNR, and of a checkpoint.
 struct TensorBlock {
@@ -101,8 +103,9 @@ class TensorTable {
             const Row& row = table[type];
             std::string prefix = layer < 0 ? "transformer." : "transformer.h." + std::to_string(layer) + ".";
             size_t taken = padded[type].rows * row.cols;
-            blocks_.push_back({row.name, prefix + row.hf_name, layer, static_cast<int>(type), row.init, row.decay,
-                               row.rows, row.cols, padded_parameters_, row.rows * row.cols, taken});
+            blocks_.push_back({row.name, prefix + row.hf_name, layer, static_cast<int>(type), row.init,
+                               row.decay, row.rows, row.cols, padded_parameters_, row.rows * row.cols,
+                               taken});
             padded_parameters_ += taken;
             parameters_ += row.rows * row.cols;
         };

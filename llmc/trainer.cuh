@@ -9,23 +9,29 @@
 
 // What an update did, as the device reports it.
 struct StepResult {
-    int64_t step;             // from 1
+    int64_t step;  // from 1
     StepState state;
-    double step_ms;           // from the end of the step before (or the start, after something else) to its end
-    double optimizer_ms;      // the optimizer's launches alone, without the norm
+    double step_ms;       // from the end of the step before (or the start, after something else) to its end
+    double optimizer_ms;  // the optimizer's launches alone, without the norm
 };
 
 struct TrainerConfig {
-    int64_t micro_steps;   // of an update
-    double grad_clip;      // 0: none
-    bool graph;            // replay the micro-step as a CUDA graph from the second update on
+    int64_t micro_steps;  // of an update
+    double grad_clip;     // 0: none
+    bool graph;           // replay the micro-step as a CUDA graph from the second update on
 };
 
 class Trainer {
   public:
     Trainer(Gpt2& model, Optimizer& optimizer, const TrainerConfig& config, Gpu& gpu)
-        : gpu_(gpu), model_(model), optimizer_(optimizer), config_(config),
-          table_(model.table.blocks(), gpu), partial_(table_.chunks.size()), state_(1), reports_(kTurns) {
+        : gpu_(gpu),
+          model_(model),
+          optimizer_(optimizer),
+          config_(config),
+          table_(model.table.blocks(), gpu),
+          partial_(table_.chunks.size()),
+          state_(1),
+          reports_(kTurns) {
         fill_zero(state_.get(), 1, gpu);
         for (Turn& turn : turns_)
             for (cudaEvent_t* event : {&turn.begin, &turn.optimizer, &turn.end, &turn.read})
@@ -34,7 +40,8 @@ class Trainer {
     Trainer(const Trainer&) = delete;
     ~Trainer() {
         for (Turn& turn : turns_)
-            for (cudaEvent_t event : {turn.begin, turn.optimizer, turn.end, turn.read}) cudaEventDestroy(event);
+            for (cudaEvent_t event : {turn.begin, turn.optimizer, turn.end, turn.read})
+                cudaEventDestroy(event);
         for (cudaGraphExec_t graph : graphs_)
             if (graph) cudaGraphExecDestroy(graph);
     }
@@ -45,18 +52,19 @@ class Trainer {
         Turn& turn = turns_[step % kTurns];
         turn.chained = pending_;
         if (!turn.chained) CUDA_CHECK(cudaEventRecord(turn.begin, gpu_.stream));
-        const float token_weight = 1.0f / (static_cast<float>(config_.micro_steps) * model_.config.batch_size *
-                                           model_.config.seq_len);
+        const float token_weight = 1.0f / (static_cast<float>(config_.micro_steps) *
+                                           model_.config.batch_size * model_.config.seq_len);
         for (int64_t micro_step = 0; micro_step < config_.micro_steps; micro_step++) {
             loader.next(model_.staging());
             model_.upload();
             run_micro_step(step, micro_step == 0 ? Write::Assign : Write::Add, token_weight);
         }
-        grad_norm(state_.get(), partial_.get(), model_.gradients_arena(), model_.loss(), table_, config_.grad_clip,
-                  model_.profile.range(Group::Norm, gpu_));
+        grad_norm(state_.get(), partial_.get(), model_.gradients_arena(), model_.loss(), table_,
+                  config_.grad_clip, model_.profile.range(Group::Norm, gpu_));
         CUDA_CHECK(cudaEventRecord(turn.optimizer, gpu_.stream));
-        optimizer_.step({model_.weights_arena(), model_.master_arena(), model_.gradients_arena(), state_.get(), &table_,
-                         learning_rate}, model_.profile.range(Group::Optimizer, gpu_));
+        optimizer_.step({model_.weights_arena(), model_.master_arena(), model_.gradients_arena(),
+                         state_.get(), &table_, learning_rate},
+                        model_.profile.range(Group::Optimizer, gpu_));
         CUDA_CHECK(cudaEventRecord(turn.end, gpu_.stream));
         copy_to_host(&reports_[step % kTurns], state_.get(), 1, gpu_);
         CUDA_CHECK(cudaEventRecord(turn.read, gpu_.stream));
@@ -79,7 +87,8 @@ class Trainer {
     const DeviceTable& table() const { return table_; }
 
   private:
-    static constexpr int kTurns = 3;  // a step on the stream, the one before it that is read, and that one's begin
+    static constexpr int kTurns =
+        3;  // a step on the stream, the one before it that is read, and that one's begin
     struct Turn {
         bool chained = false;  // begins where the step before ends, else at its own event
         cudaEvent_t begin, optimizer, end, read;
@@ -89,7 +98,8 @@ class Trainer {
     // micro-step is captured once and replayed: same kernels, same addresses, so the same bits. What is profiled runs
     // plainly again, since a graph is one launch.
     void run_micro_step(int64_t step, Write write, float token_weight) {
-        if (!config_.graph || step == 1 || model_.profile.measuring()) return model_.micro_step(write, token_weight);
+        if (!config_.graph || step == 1 || model_.profile.measuring())
+            return model_.micro_step(write, token_weight);
         cudaGraphExec_t& executable = graphs_[write == Write::Add];
         if (!executable) {
             cudaGraph_t graph;

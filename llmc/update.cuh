@@ -99,9 +99,10 @@ inline void check_decay(double learning_rate, double weight_decay) {
     if (!(learning_rate > 0)) fatal("--learning-rate %g: wants a number above 0", learning_rate);
     if (!(weight_decay >= 0)) fatal("--weight-decay %g: wants a number of at least 0", weight_decay);
     if (!(learning_rate * weight_decay < 1))
-        fatal("--learning-rate %g x --weight-decay %g = %g, but a step multiplies the weights by 1 minus "
-              "this; wants less than 1",
-              learning_rate, weight_decay, learning_rate * weight_decay);
+        fatal(
+            "--learning-rate %g x --weight-decay %g = %g, but a step multiplies the weights by 1 minus "
+            "this; wants less than 1",
+            learning_rate, weight_decay, learning_rate * weight_decay);
 }
 
 // ---- device helpers ---------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 # GPT-2 learns Shakespeare twice, with AdamW and with SGD-SaI, side by side; then the two are compared.
 #
 #   without a GPU   bytes, 4 layers of 128 channels, 0.8 M parameters, 240 updates of 1,024 tokens: in the simulator, one
-#                   core each, about 5 minutes
+#                   core each, about 2 minutes
 #   with a GPU      GPT-2's tokens, d12 (124 M parameters), 300 updates of 65,536 tokens, one after the other: 6 N FLOP a
 #                   token make 1.5e16 FLOP a run, a minute on an H100 at 40% of its peak
 #

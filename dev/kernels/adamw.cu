@@ -208,8 +208,8 @@ static void test_options(Harness& h) {
     Options flags;
     flags.learning_rate = 1, flags.weight_decay = 2, flags.beta1 = 3, flags.beta2 = 4, flags.eps = 5;
     const AdamW::Options o = AdamW::Options::from(flags);
-    h.check("every option comes from its flag", o.learning_rate == 1 && o.weight_decay == 2 && o.beta1 == 3 &&
-                                                    o.beta2 == 4 && o.eps == 5);
+    h.check("every option comes from its flag",
+            o.learning_rate == 1 && o.weight_decay == 2 && o.beta1 == 3 && o.beta2 == 4 && o.eps == 5);
     const size_t Np = arena_elements(blocks);
     AdamW optimizer({}, blocks, h.gpu);
     size_t bytes = 0;

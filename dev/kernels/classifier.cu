@@ -82,7 +82,8 @@ Result run(Harness& h, const std::vector<floatX>& logits, const std::vector<int>
            ClassifierMode mode) {
     auto device = h.to_device(logits);
     auto targets_device = h.to_device(targets);
-    auto losses = h.to_device(std::vector<float>(shape.rows, -1.0f));  // not NaN: a bad target's loss must be made so
+    auto losses =
+        h.to_device(std::vector<float>(shape.rows, -1.0f));  // not NaN: a bad target's loss must be made so
     classifier(device, losses, targets_device, kDlossScale, shape.rows, shape.V, shape.Vp, mode, h.gpu);
     return {h.to_host(device.get(), logits.size()), h.to_host(losses.get(), shape.rows)};
 }

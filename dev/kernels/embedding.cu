@@ -3,6 +3,7 @@
 // The backward pass cuts the sorted positions into segments of 32 and treats runs of equal tokens by how they
 // lie to the cuts, so the batches are made to have every such case: runs inside a segment, across one border,
 // across many, ending on a border.
+#include "llmc/dataloader.h"  // sort_positions
 #include "llmc/embedding.cuh"
 #include <functional>
 #include "dev/kernels/harness.h"
@@ -26,7 +27,8 @@ void test_order(Harness& h, const std::string& name, const std::vector<int>& tok
     std::vector<int> want(tokens.size()), got(tokens.size());
     for (size_t i = 0; i < want.size(); i++) want[i] = static_cast<int>(i);
     std::stable_sort(want.begin(), want.end(), [&](int a, int b) { return tokens[a] < tokens[b]; });
-    embedding_order(got.data(), tokens.data(), static_cast<int>(tokens.size()), V);
+    std::vector<int> counts;
+    sort_positions(got.data(), counts, tokens.data(), tokens.size(), V);
     h.check("order " + name, got == want);
 }
 
@@ -88,7 +90,8 @@ void test_backward(Harness& h, const std::string& name, const Shape& shape, cons
     const auto dwte = h.random<float>(static_cast<size_t>(shape.padded_vocab()) * C);
     const auto dwpe = h.random<float>(static_cast<size_t>(P) * C);
     std::vector<int> order(n);
-    embedding_order(order.data(), tokens.data(), n, V);
+    std::vector<int> counts;
+    sort_positions(order.data(), counts, tokens.data(), n, V);
     auto dout_device = h.to_device(dout);
     auto tokens_device = h.to_device(tokens), order_device = h.to_device(order);
 
@@ -172,7 +175,8 @@ void bench(Harness& h, const std::string& model, const Shape& shape) {
     const int n = shape.positions();
     const std::vector<int> tokens = zipf(h, n, V);
     std::vector<int> order(n);
-    embedding_order(order.data(), tokens.data(), n, V);
+    std::vector<int> counts;
+    sort_positions(order.data(), counts, tokens.data(), n, V);
     auto wte = h.to_device(h.random<floatX>(static_cast<size_t>(V) * C)),
          wpe = h.to_device(h.random<floatX>(static_cast<size_t>(T) * C));
     auto dout = h.to_device(h.random<floatX>(static_cast<size_t>(n) * C));

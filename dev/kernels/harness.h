@@ -86,8 +86,8 @@ class Harness {
     // got[i] against want[i], in double: |got - want| <= absolute + relative |want| (+ extra[i] where given) for every i; a NaN
     // fails unless wanted. Prints one row and counts it.
     template <class T>
-    bool compare(const std::string& what, const std::vector<T>& got, const std::vector<double>& want, Tolerance allowed,
-                 const std::vector<double>& extra = {}) {
+    bool compare(const std::string& what, const std::vector<T>& got, const std::vector<double>& want,
+                 Tolerance allowed, const std::vector<double>& extra = {}) {
         if (got.size() != want.size()) return check(what + ": sizes differ", false);
         double worst = 0, worst_error = 0, worst_allowed = 0, sum_error = 0, sum_want = 0;
         size_t at = 0;
@@ -98,17 +98,20 @@ class Harness {
                 sum_want += y * y;
                 continue;
             }
-            const double bound = allowed.absolute + allowed.relative * std::fabs(y) + (extra.empty() ? 0 : extra[i]);
+            const double bound =
+                allowed.absolute + allowed.relative * std::fabs(y) + (extra.empty() ? 0 : extra[i]);
             double ratio = std::fabs(x - y) / bound;
             if (!(ratio >= 0)) ratio = std::numeric_limits<double>::infinity();
             sum_error += (x - y) * (x - y), sum_want += y * y;
             if (ratio > worst) worst = ratio, at = i, worst_error = std::fabs(x - y), worst_allowed = bound;
         }
         const bool ok = worst <= 1;
-        std::printf("%-4s %-58s n %-9zu worst %.2e of %.2e at %zu, rel. norm %.1e\n", ok ? "ok" : "FAIL", what.c_str(),
-                    want.size(), worst_error, worst_allowed, at, sum_want > 0 ? std::sqrt(sum_error / sum_want) : 0.0);
+        std::printf("%-4s %-58s n %-9zu worst %.2e of %.2e at %zu, rel. norm %.1e\n", ok ? "ok" : "FAIL",
+                    what.c_str(), want.size(), worst_error, worst_allowed, at,
+                    sum_want > 0 ? std::sqrt(sum_error / sum_want) : 0.0);
         if (!ok)
-            std::printf("     got %.9g, wanted %.9g\n", static_cast<double>(static_cast<float>(got[at])), want[at]);
+            std::printf("     got %.9g, wanted %.9g\n", static_cast<double>(static_cast<float>(got[at])),
+                        want[at]);
         count(ok);
         return ok;
     }
@@ -116,7 +119,8 @@ class Harness {
     // The same bits.
     template <class T>
     bool same_bits(const std::string& what, const std::vector<T>& a, const std::vector<T>& b) {
-        return check(what, a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+        return check(what,
+                     a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
     }
 
     bool check(const std::string& what, bool ok) {
@@ -155,7 +159,10 @@ class Harness {
         const size_t bytes = size_t{1} << 30;
         DeviceBuffer<unsigned char> a(bytes), b(bytes);
         const double us = median_us(
-            [&] { CUDA_CHECK(cudaMemcpyAsync(a.get(), b.get(), bytes, cudaMemcpyDeviceToDevice, gpu.stream)); }, 20, false);
+            [&] {
+                CUDA_CHECK(cudaMemcpyAsync(a.get(), b.get(), bytes, cudaMemcpyDeviceToDevice, gpu.stream));
+            },
+            20, false);
         return copy_bandwidth_ = 2.0 * static_cast<double>(bytes) / (us * 1e-6);
     }
 

@@ -166,21 +166,34 @@ void test_forward(Harness& h, Shape s, int candidates) {
     }
     for_candidates(h, key(MatmulEpilogue::Bias), candidates, [&](Matmuls& m, auto& label) {
         Guarded<floatX> out(h, s.N * s.OC);
-        m.forward({.out = out.get(), .inp = d_inp, .weight = d_weight, .bias = d_bias,
-                   .N = s.N, .C = s.C, .OC = s.OC}, h.gpu);
+        m.forward({.out = out.get(),
+                   .inp = d_inp,
+                   .weight = d_weight,
+                   .bias = d_bias,
+                   .N = s.N,
+                   .C = s.C,
+                   .OC = s.OC},
+                  h.gpu);
         compare_product(h, "forward + bias " + s.text() + label, out, r, s.C + 1, pre, magnitude,
                         plain_error);
     });
     for_candidates(h, key(MatmulEpilogue::None), 1, [&](Matmuls& m, auto& label) {
         Guarded<floatX> out(h, s.N * s.OC);
-        m.forward({.out = out.get(), .inp = d_inp, .weight = d_weight,
-                   .N = s.N, .C = s.C, .OC = s.OC}, h.gpu);
+        m.forward({.out = out.get(), .inp = d_inp, .weight = d_weight, .N = s.N, .C = s.C, .OC = s.OC},
+                  h.gpu);
         compare_product(h, "forward " + s.text() + label, out, r, s.C, r.sum, r.magnitude);
     });
     for_candidates(h, key(MatmulEpilogue::GeluBias), candidates, [&](Matmuls& m, auto& label) {
         Guarded<floatX> out(h, s.N * s.OC), pre_gelu(h, s.N * s.OC);
-        m.forward_gelu({.out = out.get(), .pre_gelu = pre_gelu.get(), .inp = d_inp, .weight = d_weight,
-                        .bias = d_bias, .N = s.N, .C = s.C, .OC = s.OC}, h.gpu);
+        m.forward_gelu({.out = out.get(),
+                        .pre_gelu = pre_gelu.get(),
+                        .inp = d_inp,
+                        .weight = d_weight,
+                        .bias = d_bias,
+                        .N = s.N,
+                        .C = s.C,
+                        .OC = s.OC},
+                       h.gpu);
         compare_product(h, "forward_gelu, pre_gelu " + s.text() + label, pre_gelu, r, s.C + 1, pre,
                         magnitude);
         compare_product(h, "forward_gelu, out " + s.text() + label, out, r, s.C + 1, gelu, magnitude,
@@ -209,14 +222,20 @@ void test_dgrad(Harness& h, Shape s, int candidates) {
     }
     for_candidates(h, key(MatmulEpilogue::None), candidates, [&](Matmuls& m, auto& label) {
         Guarded<floatX> dinp(h, s.N * s.C);
-        m.dgrad({.dinp = dinp.get(), .dout = d_dout, .weight = d_weight,
-                 .N = s.N, .C = s.C, .OC = s.OC}, h.gpu);
+        m.dgrad({.dinp = dinp.get(), .dout = d_dout, .weight = d_weight, .N = s.N, .C = s.C, .OC = s.OC},
+                h.gpu);
         compare_product(h, "dgrad " + s.text() + label, dinp, r, s.OC, r.sum, r.magnitude);
     });
     for_candidates(h, key(MatmulEpilogue::Dgelu), candidates, [&](Matmuls& m, auto& label) {
         Guarded<floatX> dinp(h, s.N * s.C);
-        m.dgrad_gelu({.dinp = dinp.get(), .pre_gelu = d_pre_gelu, .dout = d_dout, .weight = d_weight,
-                      .N = s.N, .C = s.C, .OC = s.OC}, h.gpu);
+        m.dgrad_gelu({.dinp = dinp.get(),
+                      .pre_gelu = d_pre_gelu,
+                      .dout = d_dout,
+                      .weight = d_weight,
+                      .N = s.N,
+                      .C = s.C,
+                      .OC = s.OC},
+                     h.gpu);
         compare_product(h, "dgrad_gelu " + s.text() + label, dinp, r, s.OC, want, r.magnitude, error);
     });
 }
@@ -237,8 +256,14 @@ void test_wgrad(Harness& h, Shape s, int candidates) {
                 Guarded<float> dweight(h, s.C * s.OC), again(h, s.C * s.OC);
                 for (const Guarded<float>* d : {&dweight, &again}) {
                     if (write == Write::Add) copy_to_device(d->get(), before.data(), before.size(), h.gpu);
-                    m.wgrad({.dweight = d->get(), .inp = d_inp, .dout = d_dout,
-                             .N = s.N, .C = s.C, .OC = s.OC, .write = write}, h.gpu);
+                    m.wgrad({.dweight = d->get(),
+                             .inp = d_inp,
+                             .dout = d_dout,
+                             .N = s.N,
+                             .C = s.C,
+                             .OC = s.OC,
+                             .write = write},
+                            h.gpu);
                 }
                 const std::string what = (write == Write::Add ? "wgrad += " : "wgrad = ") + s.text() + label;
                 compare_product(h, what, dweight, r, s.N + 1, want, magnitude);
@@ -270,14 +295,19 @@ void test_head(Harness& h, int64_t N, int64_t C, int64_t Vp) {
     {
         const Reference r = reference(h, N, C, Vp, at(dlogits, Vp), at(wte, C));
         Guarded<floatX> dinp(h, N * C);
-        m.head_dgrad({.dinp = dinp.get(), .dout = d_dlogits, .weight = d_wte,
-                      .N = N, .C = C, .OC = Vp}, h.gpu);
+        m.head_dgrad({.dinp = dinp.get(), .dout = d_dlogits, .weight = d_wte, .N = N, .C = C, .OC = Vp},
+                     h.gpu);
         compare_product(h, "head_dgrad " + s.text(), dinp, r, Vp, r.sum, r.magnitude);
     }
     const Reference r = reference(h, Vp, C, N, transposed(dlogits, Vp), at(inp, C));
     std::vector<double> want(r.sum), magnitude(r.magnitude);
     Guarded<float> dwte(h, Vp * C);
-    MatmulWgrad x{.dweight = dwte.get(), .inp = d_inp, .dout = d_dlogits, .N = N, .C = C, .OC = Vp,
+    MatmulWgrad x{.dweight = dwte.get(),
+                  .inp = d_inp,
+                  .dout = d_dlogits,
+                  .N = N,
+                  .C = C,
+                  .OC = Vp,
                   .write = Write::Assign};
     m.head_wgrad(x, h.gpu);
     compare_product(h, "head_wgrad = " + s.text(), dwte, r, N, want, magnitude);
@@ -435,8 +465,8 @@ void test_choosing(Harness& h) {
     if (!mkdtemp(name)) fatal("cannot make a directory in /tmp");
     const std::string path = std::string(name) + "/plans.txt";
     const MatmulKey key = Matmuls::forward_key(256, 128, 512, MatmulEpilogue::GeluBias);
-    const MatmulModel model{.tokens = 256, .logit_rows = 128, .channels = 128, .padded_vocab_size = 256,
-                            .accumulate = true};
+    const MatmulModel model{
+        .tokens = 256, .logit_rows = 128, .channels = 128, .padded_vocab_size = 256, .accumulate = true};
     Matmuls first({.candidates = 8, .cache_path = path});
     first.prepare(model, h.gpu);
     const std::vector<std::string> lines = first.record();
@@ -487,8 +517,15 @@ void test_graph(Harness& h) {
     Guarded<floatX> want(h, s.N * s.OC), got(h, s.N * s.OC), other(h, s.N * s.OC), pre_gelu(h, s.N * s.OC);
     Matmuls m({.measure = false, .cache_path = ""});
     auto run = [&](floatX* out, const floatX* bias) {
-        m.forward_gelu({.out = out, .pre_gelu = pre_gelu.get(), .inp = d_inp, .weight = d_weight,
-                        .bias = bias, .N = s.N, .C = s.C, .OC = s.OC}, h.gpu);
+        m.forward_gelu({.out = out,
+                        .pre_gelu = pre_gelu.get(),
+                        .inp = d_inp,
+                        .weight = d_weight,
+                        .bias = bias,
+                        .N = s.N,
+                        .C = s.C,
+                        .OC = s.OC},
+                       h.gpu);
     };
     run(want.get(), d_bias);
     cudaGraph_t graph;

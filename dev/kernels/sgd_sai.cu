@@ -492,8 +492,8 @@ static void test_options(Harness& h) {
     Options flags;
     flags.learning_rate = 1, flags.weight_decay = 2, flags.momentum = 3, flags.eps = 4, flags.gain = "one";
     const SgdSai::Options o = SgdSai::Options::from(flags);
-    h.check("every option comes from its flag", o.learning_rate == 1 && o.weight_decay == 2 &&
-                                                    o.momentum == 3 && o.eps == 4 && o.gain == "one");
+    h.check("every option comes from its flag",
+            o.learning_rate == 1 && o.weight_decay == 2 && o.momentum == 3 && o.eps == 4 && o.gain == "one");
 
     // T7: state bytes.
     const std::vector<TensorBlock> small = small_gpt2();

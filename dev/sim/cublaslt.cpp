@@ -473,8 +473,19 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     if (has_bias(desc->epilogue) && !aligned(desc->bias)) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (has_aux(desc->epilogue) && !aligned(desc->aux)) return CUBLAS_STATUS_NOT_SUPPORTED;
 
-    const Product product{*desc, *a, *b, *c, *d, A, B, C, D, *static_cast<const float*>(alpha),
-                          *static_cast<const float*>(beta), workspace, kWorkspaceBytes};
+    const Product product{*desc,
+                          *a,
+                          *b,
+                          *c,
+                          *d,
+                          A,
+                          B,
+                          C,
+                          D,
+                          *static_cast<const float*>(alpha),
+                          *static_cast<const float*>(beta),
+                          workspace,
+                          kWorkspaceBytes};
     const cudaError_t error = sim::enqueue(stream, "cublasLtMatmul", [product] { compute(product); });
     return error == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }

@@ -121,7 +121,7 @@ struct WarpgroupProducts {
     std::vector<Sum> sums;
     std::vector<Product> products;
     std::vector<size_t> group_ends;  // how many of `products` each closed group ends at
-    bool fenced = false;   // since the last wait
+    bool fenced = false;             // since the last wait
     void clear() { *this = {}; }
 };
 

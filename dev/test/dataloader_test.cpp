@@ -407,8 +407,7 @@ TEST(Validation, AllRanksTogetherSeeTheFirstSamplesOnceInTheFilesOrder) {
                     const int64_t rows = loader.next({batch.tokens, batch.targets, {}});
                     for (int64_t row = 0; row < B; row++) {
                         const auto at = batch.tokens.begin() + row * T;
-                        if (row < rows)
-                            rows_by_index[(i * ranks + rank) * B + row] = {at, at + T};
+                        if (row < rows) rows_by_index[(i * ranks + rank) * B + row] = {at, at + T};
                         else
                             for (int64_t i = row * T; i < (row + 1) * T; i++)
                                 EXPECT_EQ(at[i - row * T] | batch.targets[static_cast<size_t>(i)], 0)

@@ -156,24 +156,24 @@ inline void mutate_once(std::string& text, FuzzRandom& random, const std::vector
     const size_t width = size_t{1} << random.below(4);  // of a binary number
     const std::string& other = good[random.below(good.size())];
     switch (random.below(12)) {
-    case 0:
-        if (at < text.size()) text[at] = static_cast<char>(text[at] ^ 1 << random.below(8));
-        break;
-    case 1:
-        if (at < text.size()) text[at] = static_cast<char>(random.next());
-        break;
-    case 2: text.insert(at, 1 + random.below(8), static_cast<char>(random.next())); break;
-    case 3: text.erase(at, length); break;
-    case 4: text.insert(to, text.substr(at, length)); break;
-    case 5: text.insert(at, words[random.below(words.size())]); break;
-    case 6: text.replace(at, length, words[random.below(words.size())]); break;
-    case 7:
-    case 8: mutate_number(text, random); break;
-    case 9: text.resize(at); break;
-    case 10:
-        if (at + width <= text.size()) std::memcpy(text.data() + at, &edge, width);
-        break;
-    case 11: text.replace(at, length, other, random.below(other.size() + 1), random.below(256)); break;
+        case 0:
+            if (at < text.size()) text[at] = static_cast<char>(text[at] ^ 1 << random.below(8));
+            break;
+        case 1:
+            if (at < text.size()) text[at] = static_cast<char>(random.next());
+            break;
+        case 2: text.insert(at, 1 + random.below(8), static_cast<char>(random.next())); break;
+        case 3: text.erase(at, length); break;
+        case 4: text.insert(to, text.substr(at, length)); break;
+        case 5: text.insert(at, words[random.below(words.size())]); break;
+        case 6: text.replace(at, length, words[random.below(words.size())]); break;
+        case 7:
+        case 8: mutate_number(text, random); break;
+        case 9: text.resize(at); break;
+        case 10:
+            if (at + width <= text.size()) std::memcpy(text.data() + at, &edge, width);
+            break;
+        case 11: text.replace(at, length, other, random.below(other.size() + 1), random.below(256)); break;
     }
     if (text.size() > kLongestInput) text.resize(kLongestInput);
 }

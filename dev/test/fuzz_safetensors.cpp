@@ -50,10 +50,8 @@ bool test(const TempDir& dir, MemoryFile& memory, const std::string& bytes) {
     memory.fill(bytes);
     SafetensorsFile file;
     const std::string error = file.open(path);
-    if (error.empty())
-        check_tensors(file, bytes);
-    else
-        FUZZ_CHECK(error.find(path) != error.npos && error.find('\n') == error.npos && error.size() < 1000);
+    if (error.empty()) check_tensors(file, bytes);
+    else FUZZ_CHECK(error.find(path) != error.npos && error.find('\n') == error.npos && error.size() < 1000);
     size_t given = 0;
     const std::string weights_error =
         read_weights(dir.path(), kWanted, [&](size_t tensor, const float* data, size_t n) {

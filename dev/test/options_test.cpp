@@ -97,9 +97,7 @@ TEST(Options, EveryFlagIsReadAndOnlyThatOne) {
                 EXPECT_TRUE(o.given(name)) << name;
                 size_t given = 0;
                 each_option(o, [&](const Flag& other, const auto& value, const char*) {
-                    if (name == other.name) {
-                        EXPECT_EQ(option_text(value), text) << name;
-                    }
+                    if (name == other.name) { EXPECT_EQ(option_text(value), text) << name; }
                     given += o.given(other.name);
                 });
                 EXPECT_EQ(given, 1 + with.size() / 2 + (name != "train-data")) << name;

@@ -107,14 +107,12 @@ TEST(ShortTypes, EveryValueIsExact) {
     for (uint32_t bits = 0; bits < 65536; bits++) {
         const auto u = static_cast<uint16_t>(bits);
         const double half = value_of(u, 5, 10), bf16 = value_of(u, 8, 7);
-        if (std::isnan(half))
-            EXPECT_TRUE(std::isnan(float_of_f16(u))) << bits;
+        if (std::isnan(half)) EXPECT_TRUE(std::isnan(float_of_f16(u))) << bits;
         else
             EXPECT_EQ(std::bit_cast<uint32_t>(float_of_f16(u)),
                       std::bit_cast<uint32_t>(static_cast<float>(half)))
                 << bits;
-        if (std::isnan(bf16))
-            EXPECT_TRUE(std::isnan(float_of_bf16(u))) << bits;
+        if (std::isnan(bf16)) EXPECT_TRUE(std::isnan(float_of_bf16(u))) << bits;
         else
             EXPECT_EQ(std::bit_cast<uint32_t>(float_of_bf16(u)),
                       std::bit_cast<uint32_t>(static_cast<float>(bf16)))
@@ -291,18 +289,10 @@ TEST(Data, WhatIsWrittenIsReadBack) {
     for (const FileTensor& t : file.tensors()) {
         std::vector<float> read(t.elements());
         ASSERT_EQ(file.read(read.data(), t, 0, read.size()), "");
-        if (t.name == "scalar") {
-            EXPECT_EQ(read, std::vector<float>{-3});
-        }
-        if (t.name == "empty") {
-            EXPECT_EQ(t.shape, (std::vector<uint64_t>{0, 5}));
-        }
-        if (t.name == "big") {
-            EXPECT_EQ(read, values);
-        }
-        if (t.name == "short") {
-            EXPECT_EQ(read, (std::vector<float>{1, -2, 0x1p-133f}));
-        }
+        if (t.name == "scalar") { EXPECT_EQ(read, std::vector<float>{-3}); }
+        if (t.name == "empty") { EXPECT_EQ(t.shape, (std::vector<uint64_t>{0, 5})); }
+        if (t.name == "big") { EXPECT_EQ(read, values); }
+        if (t.name == "short") { EXPECT_EQ(read, (std::vector<float>{1, -2, 0x1p-133f})); }
     }
 }
 
