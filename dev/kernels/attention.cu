@@ -363,7 +363,37 @@ void test_plan(Harness& h) {
     h.check("plan: whole waves are walked", plan_walked_heads(528, 264) == 528);
 }
 
+// Where a head's rows, statistics and bias sums lie, in elements from the tensors' beginnings. No memory is touched.
+__global__ void offsets_kernel(int64_t* offsets, const floatX* x, attention::BackwardArguments a, int head,
+                               int row, int block) {
+    offsets[0] = attention::packed_rows(x, attention::kValue, head, a.T, a.NH).row(row) - x;
+    offsets[1] = attention::plain_rows(x, head, a.T, a.NH).row(row) - x;
+    offsets[2] = a.stats_of(head) - a.row_stats;
+    offsets[3] = a.bias_row(attention::kValue, head, block) - a.bias_partial;
+}
+
+// Index arithmetic beyond 2^31 elements: 300,000 sequences, which no GPU holds, but whose offsets it must count.
+void test_offsets(Harness& h) {
+    constexpr int64_t b = 300000, NH = 12, head_in_sequence = 11, T = 1000, row = 999, block = 7;
+    constexpr int64_t blocks = (T + attention::kBlockRows - 1) / attention::kBlockRows;
+    DeviceBuffer<int64_t> offsets(4);
+    attention::BackwardArguments a{};
+    a.T = T, a.NH = NH;
+    a.row_stats = reinterpret_cast<float2*>(offsets.get());
+    a.bias_partial = reinterpret_cast<float*>(offsets.get());
+    launch(offsets_kernel, {1, 1}, h.gpu, offsets.get(), reinterpret_cast<const floatX*>(offsets.get()), a,
+           static_cast<int>(b * NH + head_in_sequence), static_cast<int>(row), static_cast<int>(block));
+    const std::vector<int64_t> want = {(((b * T + row) * 3 + 2) * NH + head_in_sequence) * kD,
+                                       ((b * T + row) * NH + head_in_sequence) * kD,
+                                       (b * NH + head_in_sequence) * blocks * attention::kBlockRows,
+                                       (((b * blocks + block) * 3 + 2) * NH + head_in_sequence) * kD};
+    bool beyond = true;
+    for (int64_t offset : want) beyond = beyond && offset > (int64_t{1} << 31);
+    h.check("offsets beyond 2^31 elements", beyond && h.to_host(offsets.get(), 4) == want);
+}
+
 void test(Harness& h) {
+    test_offsets(h);
     for (int T : {1, 2, 63, 64, 65, 127, 128, 129, 200})
         test_against_reference(h, {T < 100 ? 2 : 1, T, T % 2 ? 1 : 2}, 1.0);
     test_against_reference(h, {3, 33, 3}, 1.0);
