@@ -15,7 +15,7 @@
 #include "llmc/gpu.cuh"             // Gpu, kPrecisionName
 #include "llmc/interrupt.h"         // catch_interrupts, interrupt_signal
 #include "llmc/logger.h"            // Logger, record
-#include "llmc/memory_plan.cuh"     // plan_memory, print_memory_plan, check_memory
+#include "llmc/memory_plan.cuh"     // plan_memory, print_memory_plan, check_memory, optimizer_state_bytes
 #include "llmc/optimizer.cuh"       // Optimizer
 #include "llmc/options.h"           // Options, parse_options
 #include "llmc/profile_report.cuh"  // measure_ceilings, profile_report
@@ -166,9 +166,8 @@ void Run::log_head(Json run) {
     Json plans = Json::array();
     for (const std::string& line : matmuls.record()) plans.push(line);
     logger.write(run.add("plans", plans));
-    const size_t state_bytes = Optimizer::state_bytes(optimizer_options, model.table.padded_parameters(),
-                                                      model.table.blocks().size());
-    for (const MemoryOwner& owner : plan_memory(config, state_bytes, gpu))
+    for (const MemoryOwner& owner :
+         plan_memory(config, optimizer_state_bytes(model.table, optimizer_options), gpu))
         logger.write(record("memory").add("owner", owner.name).add("bytes", owner.bytes));
 }
 
@@ -269,15 +268,14 @@ int Run::profile() {
         take(trainer.step(step, scheduled_learning_rate(o, std::min(step, o.steps)), train_data));
     }
     take(trainer.flush());
-    const size_t state_bytes = Optimizer::state_bytes(optimizer_options, model.table.padded_parameters(),
-                                                      model.table.blocks().size());
-    const ProfileReport report = profile_report(model, matmuls, ceilings,
-                                                {.micro_steps = train_data.micro_steps(),
-                                                 .state_bytes = state_bytes,
-                                                 .graph = o.graph,
-                                                 .trained_ms = trained_ms,
-                                                 .profiled_ms = profiled_ms},
-                                                gpu);
+    const ProfileReport report =
+        profile_report(model, matmuls, ceilings,
+                       {.micro_steps = train_data.micro_steps(),
+                        .state_bytes = optimizer_state_bytes(model.table, optimizer_options),
+                        .graph = o.graph,
+                        .trained_ms = trained_ms,
+                        .profiled_ms = profiled_ms},
+                       gpu);
     logger.write(profile_record(report));
     logger.write(record("end").add("step", last).add("status", "profiled"));
     screen.message("%s", profile_table(report).c_str());

@@ -75,15 +75,15 @@ class ActivationTable {
   public:
     ActivationTable(const ModelShape& shape, int batch, int seq_len, Recompute recompute) {
         const size_t B = batch, T = seq_len, N = B * T, C = shape.channels, NH = shape.heads;
-        auto add = [&](const char* name, Scope scope, size_t element_bytes, size_t n, KeptUpTo kept) {
+        auto add = [&](Scope scope, size_t element_bytes, size_t n, KeptUpTo kept) {
             const bool each_layer =
                 scope == Scope::layer && static_cast<int>(recompute) <= static_cast<int>(kept);
             const size_t stride = (n * element_bytes + 255) / 256 * 256;
-            rows_.push_back({name, bytes_, each_layer ? stride / element_bytes : 0, n});
+            rows_.push_back({bytes_, each_layer ? stride / element_bytes : 0});
             bytes_ += stride * (each_layer ? shape.layers : 1);
         };
 #define X(name, scope, type, rows, cols, kept) \
-    add(#name, Scope::scope, sizeof(type), size_t(rows) * size_t(cols), KeptUpTo::kept);
+    add(Scope::scope, sizeof(type), size_t(rows) * size_t(cols), KeptUpTo::kept);
         GPT2_ACTIVATIONS(X)
 #undef X
     }
@@ -101,16 +101,11 @@ class ActivationTable {
         return a;
     }
 
-    // A line a tensor, for whoever wonders where the memory went.
+  private:
     struct Row {
-        const char* name;
         size_t offset;  // bytes
         size_t stride;  // elements to the next layer's, 0 where layers share it
-        size_t n;       // elements of one layer
     };
-    const std::vector<Row>& rows() const { return rows_; }
-
-  private:
     std::vector<Row> rows_;
     size_t bytes_ = 0;
 };

@@ -91,7 +91,6 @@ class Gpt2 {
     float* master_arena() { return kOneArena ? reinterpret_cast<float*>(weights_.get()) : master_.get(); }
     float* gradients_arena() { return gradients_.get(); }
     const float* loss() const { return loss_.get(); }
-    const float* losses() const { return act.losses; }
     const floatX* logits() const { return logits_.get(); }
 
     // ---- weights -----------------------------------------------------------------------------------------------------

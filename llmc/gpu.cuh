@@ -177,3 +177,20 @@ template <class T>
 inline void fill_zero(T* device, size_t n, const Gpu& gpu) {
     CUDA_CHECK(cudaMemsetAsync(device, 0, n * sizeof(T), gpu.stream));
 }
+
+// The mean time of f(), which puts work onto the GPU's stream, over `runs` runs back to back. Synchronous.
+template <class F>
+inline double mean_us(int runs, F f, const Gpu& gpu) {
+    cudaEvent_t begin, end;
+    CUDA_CHECK(cudaEventCreate(&begin));
+    CUDA_CHECK(cudaEventCreate(&end));
+    CUDA_CHECK(cudaEventRecord(begin, gpu.stream));
+    for (int i = 0; i < runs; i++) f();
+    CUDA_CHECK(cudaEventRecord(end, gpu.stream));
+    CUDA_CHECK(cudaEventSynchronize(end));
+    float ms = 0;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+    CUDA_CHECK(cudaEventDestroy(begin));
+    CUDA_CHECK(cudaEventDestroy(end));
+    return ms * 1e3 / runs;
+}

@@ -299,18 +299,8 @@ class MatmulTuningMemory {
 
 // Mean time of `runs` runs, back to back.
 inline double time_plan_us(MatmulPlan& plan, const MatmulOperands& operands, int runs, Gpu& gpu) {
-    cudaEvent_t begin, end;
-    CUDA_CHECK(cudaEventCreate(&begin));
-    CUDA_CHECK(cudaEventCreate(&end));
-    CUDA_CHECK(cudaEventRecord(begin, gpu.stream));
-    for (int i = 0; i < runs; i++) run_plan(plan, operands, gpu);
-    CUDA_CHECK(cudaEventRecord(end, gpu.stream));
-    CUDA_CHECK(cudaEventSynchronize(end));
-    float ms = 0;
-    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    CUDA_CHECK(cudaEventDestroy(begin));
-    CUDA_CHECK(cudaEventDestroy(end));
-    return ms * 1e3 / runs;
+    return mean_us(
+        runs, [&] { run_plan(plan, operands, gpu); }, gpu);
 }
 
 // The first, unless the fastest beats it by more than 2%: less is within a measurement's noise, and staying

@@ -21,6 +21,11 @@ inline size_t total_bytes(const MemoryPlan& plan) {
     return sum;
 }
 
+// Bytes of this build's optimizer's state for a model.
+inline size_t optimizer_state_bytes(const TensorTable& table, const Optimizer::Options& options) {
+    return Optimizer::state_bytes(options, table.padded_parameters(), table.blocks().size());
+}
+
 // Device memory by owner for a model in training; state_bytes is the optimizer's. Nothing is allocated.
 inline MemoryPlan plan_memory(const Gpt2Config& config, size_t state_bytes, const Gpu& gpu) {
     const size_t Np = TensorTable(config.shape).padded_parameters();
@@ -66,7 +71,7 @@ inline size_t available_memory(const Gpu& gpu) {
 inline void print_memory_plan(const Gpt2Config& config, const Optimizer::Options& options, const Gpu& gpu) {
     const TensorTable table(config.shape);
     const size_t Np = table.padded_parameters(), blocks = table.blocks().size();
-    const MemoryPlan plan = plan_memory(config, Optimizer::state_bytes(options, Np, blocks), gpu);
+    const MemoryPlan plan = plan_memory(config, optimizer_state_bytes(table, options), gpu);
     const size_t available = available_memory(gpu);
     std::printf("parameters: %zu, padded %zu\n", table.parameters(), Np);
     std::printf("%-18s %15s %9s\n", "device memory", "bytes", "GiB");
@@ -92,9 +97,7 @@ inline void print_memory_plan(const Gpt2Config& config, const Optimizer::Options
 
 // Ends the program where the plan does not fit, with what would: the largest batch for each way to recompute.
 inline void check_memory(const Gpt2Config& config, const Optimizer::Options& options, const Gpu& gpu) {
-    const TensorTable table(config.shape);
-    const size_t state_bytes =
-        Optimizer::state_bytes(options, table.padded_parameters(), table.blocks().size());
+    const size_t state_bytes = optimizer_state_bytes(TensorTable(config.shape), options);
     const size_t wanted = total_bytes(plan_memory(config, state_bytes, gpu)),
                  available = available_memory(gpu);
     if (wanted <= available) return;

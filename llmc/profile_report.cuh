@@ -30,23 +30,6 @@ struct Ceilings {
     size_t copy_bytes = 0;
 };
 
-// The mean time of f() in seconds over `runs` runs back to back.
-template <class F>
-inline double mean_seconds(int runs, F f, const Gpu& gpu) {
-    cudaEvent_t begin, end;
-    CUDA_CHECK(cudaEventCreate(&begin));
-    CUDA_CHECK(cudaEventCreate(&end));
-    CUDA_CHECK(cudaEventRecord(begin, gpu.stream));
-    for (int i = 0; i < runs; i++) f();
-    CUDA_CHECK(cudaEventRecord(end, gpu.stream));
-    CUDA_CHECK(cudaEventSynchronize(end));
-    float ms = 0;
-    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    CUDA_CHECK(cudaEventDestroy(begin));
-    CUDA_CHECK(cudaEventDestroy(end));
-    return ms * 1e-3 / runs;
-}
-
 // Sizes double until one run takes a millisecond, far more than a launch, or until the size at which a Hopper is at its
 // best (8192; 1 GiB, beyond any L2) or memory ends: so it takes a fraction of a second on a GPU and on the simulator.
 inline constexpr double kCeilingSeconds = 1e-3;
@@ -77,9 +60,9 @@ inline void measure_copy(Ceilings& ceilings, Gpu& gpu) {
         auto copy = [&] {
             CUDA_CHECK(cudaMemcpyAsync(to.get(), from.get(), bytes, cudaMemcpyDeviceToDevice, gpu.stream));
         };
-        const double first = mean_seconds(2, copy, gpu);
+        const double first = mean_us(2, copy, gpu) * 1e-6;
         const int runs = static_cast<int>(std::clamp(20 * kCeilingSeconds / first, 3.0, 200.0));
-        const double seconds = mean_seconds(runs, copy, gpu);
+        const double seconds = mean_us(runs, copy, gpu) * 1e-6;
         // The last size counts, not the best: small ones fit a cache.
         ceilings.bytes_per_second = 2.0 * static_cast<double>(bytes) / seconds, ceilings.copy_bytes = bytes;
         if (seconds >= kCeilingSeconds) break;
@@ -219,7 +202,7 @@ inline void split_gelu(GroupTimes& times, Gpt2& model, const UpdateShape& u, dou
     auto move = [&](double calls, auto f) {
         f();
         double& products_ms = times.ms[static_cast<size_t>(Group::BlockGemms)];
-        const double ms = std::min(calls * 1e3 * mean_seconds(kRuns, f, gpu), products_ms);  // no time twice
+        const double ms = std::min(calls * 1e-3 * mean_us(kRuns, f, gpu), products_ms);  // no time twice
         products_ms -= ms;
         times.ms[static_cast<size_t>(Group::Gelu)] += ms;
         times.calls[static_cast<size_t>(Group::Gelu)] += static_cast<int64_t>(calls);

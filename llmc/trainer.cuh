@@ -83,9 +83,6 @@ class Trainer {
         return collect(last_);
     }
 
-    StepState* state() { return state_.get(); }
-    const DeviceTable& table() const { return table_; }
-
   private:
     static constexpr int kTurns =
         3;  // a step on the stream, the one before it that is read, and that one's begin
