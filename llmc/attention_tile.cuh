@@ -247,6 +247,7 @@ template <int kM, int kRows>
 __device__ inline void store_rows(HeadRows<bf16> head, int first, int T, Tile<kRows>& staging, int row,
                                   const float (&c)[kM][8][4], const float (&factor)[kM][2]) {
     const int lane = ptx::opaque(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+    __syncwarp();  // no lane reads the staging rows any more
 #pragma unroll
     for (int m = 0; m < kM; m++)
 #pragma unroll

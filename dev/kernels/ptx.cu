@@ -4,6 +4,7 @@
 // the kernels that use it would be green everywhere else.
 #include <ptx.cuh>
 #include "dev/kernels/harness.h"
+#include "llmc/attention_ring.cuh"  // box_map
 
 namespace {
 
@@ -484,6 +485,123 @@ void test_barriers(Harness& h) {
     h.check("barrier_sync, __syncwarp, __syncthreads", right);
 }
 
+// ---- sm_90: barriers in shared memory, bulk copies (9.7.13.15 mbarrier; 9.7.9.25 cp.async.bulk) ------------
+
+struct PhasesShared {
+    int value[64];
+    ptx::Mbarrier filled, read;
+};
+
+// The first warp hands values to the second, round by round: `filled` counts its 32 lanes, `read` one lane of
+// the other.
+__global__ void phases_kernel(int* out, int rounds) {
+    PhasesShared& s = shared<PhasesShared>();
+    const int lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) ptx::mbarrier_init(&s.filled, 32), ptx::mbarrier_init(&s.read, 1);
+    __syncthreads();
+    for (int round = 0; round < rounds; round++) {
+        if (threadIdx.x < 32) {
+            if (round > 0) ptx::mbarrier_wait(&s.read, (round - 1) % 2);
+            s.value[lane] = 100 * round + lane;
+            ptx::mbarrier_arrive(&s.filled);
+        } else {
+            ptx::mbarrier_wait(&s.filled, round % 2);
+            out[32 * round + lane] = s.value[31 - lane];
+            __syncwarp();
+            if (lane == 0) ptx::mbarrier_arrive(&s.read);
+        }
+    }
+}
+
+void test_mbarrier(Harness& h) {
+    constexpr int kRounds = 9;
+    auto out = h.poisoned<int>(32 * kRounds);
+    launch<PhasesShared>(phases_kernel, {1, 64}, h.gpu, out.get(), kRounds);
+    const auto host = h.to_host(out.get(), 32 * kRounds);
+    bool right = true;
+    for (int i = 0; i < 32 * kRounds; i++) right &= host[i] == 100 * (i / 32) + 31 - i % 32;
+    h.check("mbarrier: nine phases, arrivals of 32 and of 1", right);
+}
+
+struct BulkShared {
+    alignas(1024) uint4 tile[2][512];  // two boxes of 64 rows of 128 bytes
+    uint4 row[32];
+    ptx::Mbarrier full;
+};
+
+// Two boxes of a tensor and 512 bytes of another, all counting at one barrier; what lies in shared memory
+// then.
+__global__ void bulk_kernel(uint4* out, const __grid_constant__ CUtensorMap map, const uint4* row, int x,
+                            int y, int z) {
+    BulkShared& s = shared<BulkShared>();
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(&s.full, 2);
+        ptx::fence_async_proxy();
+        ptx::mbarrier_arrive_expect(&s.full, sizeof(s.tile) / 2);
+        ptx::mbarrier_arrive_expect(&s.full, sizeof(s.tile) / 2 + sizeof(s.row));
+        ptx::bulk_load_box(s.tile[0], map, x, y, z, &s.full);
+        ptx::bulk_load_box(s.tile[1], map, x, y + 64, z, &s.full);
+        ptx::bulk_load(s.row, row, sizeof(s.row), &s.full);
+    }
+    __syncthreads();
+    ptx::mbarrier_wait(&s.full, 0);
+    for (int i = threadIdx.x; i < 1024; i += blockDim.x) out[i] = s.tile[i / 512][i % 512];
+    if (threadIdx.x < 32) out[1024 + threadIdx.x] = s.row[threadIdx.x];
+}
+
+void test_bulk_copies(Harness& h) {
+    constexpr int kB = 3, kT = 100, kWidth = 192;
+    std::vector<__nv_bfloat16> x(static_cast<size_t>(kB) * kT * kWidth);
+    for (size_t i = 0; i < x.size(); i++) {
+        const uint16_t bits = static_cast<uint16_t>(i + 1);  // any bits; none are zero before 65535
+        memcpy(&x[i], &bits, 2);
+    }
+    auto device_x = h.to_device(x);
+    const std::vector<int> row = h.random_ints(128, 1 << 20);
+    auto device_row = h.to_device(row);
+    auto device_out = h.poisoned<uint4>(1024 + 32);
+    const CUtensorMap map = attention::box_map(device_x.get(), kB, kT, kWidth);
+    struct Corner {
+        int x, y, z;
+    };
+    for (const Corner c : {Corner{0, 0, 0}, Corner{128, 0, 1}, Corner{64, 36, 2}, Corner{64, 64, 0}}) {
+        launch<BulkShared>(bulk_kernel, {1, 64}, h.gpu, device_out.get(), map,
+                           reinterpret_cast<const uint4*>(device_row.get()), c.x, c.y, c.z);
+        const auto out = h.to_host(device_out.get(), 1024 + 32);
+        uint16_t got[2 * 64 * 64];
+        memcpy(got, out.data(), sizeof(got));
+        bool right = true, zeros = true;
+        for (int r = 0; r < 128; r++)
+            for (int e = 0; e < 64; e++) {
+                // "128B swizzle": bits 4 .. 6 of a byte's address ^= bits 7 .. 9
+                const int byte = r * 128 + e * 2, at = (byte ^ (byte >> 7 & 7) << 4) / 2;
+                const int t = c.y + r;
+                uint16_t want = 0;
+                if (t < kT) memcpy(&want, &x[(static_cast<size_t>(c.z) * kT + t) * kWidth + c.x + e], 2);
+                (t < kT ? right : zeros) &= got[at] == want;
+            }
+        char name[96];
+        snprintf(name, sizeof(name), "bulk_load_box from (%d, %d, %d): the tensor's rows", c.x, c.y, c.z);
+        h.check(name, right);
+        snprintf(name, sizeof(name), "bulk_load_box from (%d, %d, %d): zeros beyond them", c.x, c.y, c.z);
+        h.check(name, zeros);
+        h.check("bulk_load of 512 bytes", memcmp(out.data() + 1024, row.data(), 512) == 0);
+    }
+}
+
+__global__ void uniform_kernel(int* out) {
+    out[threadIdx.x] = ptx::uniform(static_cast<int>(threadIdx.x) + 5);
+}
+
+void test_uniform(Harness& h) {
+    auto out = h.poisoned<int>(64);
+    launch(uniform_kernel, {1, 64}, h.gpu, out.get());
+    const auto host = h.to_host(out.get(), 64);
+    bool right = true;
+    for (int i = 0; i < 64; i++) right &= host[i] == i / 32 * 32 + 5;
+    h.check("uniform: lane 0's", right);
+}
+
 // ---- ex2.approx.ftz (9.7.3.21) ----------------------------------------------------------------------------
 
 __global__ void ex2_kernel(float* out, const float* in, size_t n) {
@@ -637,7 +755,10 @@ int main(int argc, char** argv) {
         if (h.gpu.properties.major == 9) {
             test_warpgroup(h);
             test_warpgroup_tiles(h);
+            test_mbarrier(h);
+            test_bulk_copies(h);
         }
+        test_uniform(h);
         test_cp_async(h);
         test_shuffles<int>(h, "int");
         test_shuffles<float>(h, "float");

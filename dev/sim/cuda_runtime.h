@@ -194,6 +194,16 @@ cudaError_t occupancy(int* blocks, const void* kernel, int threads, size_t share
 
 }  // namespace sim
 
+// The driver's functions that this project calls (cuda.h).
+#define CUDART_VERSION 12040  // the interface that is imitated
+enum cudaDriverEntryPointQueryResult {
+    cudaDriverEntryPointSuccess = 0,
+    cudaDriverEntryPointSymbolNotFound = 1,
+};
+inline constexpr unsigned long long cudaEnableDefault = 0;
+cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long flags,
+                                    cudaDriverEntryPointQueryResult* result);
+
 cudaError_t cudaFuncGetName(const char** mangled, const void* kernel);
 
 template <class T>

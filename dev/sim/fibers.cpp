@@ -20,13 +20,6 @@ constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kGuardBytes = 4096, kSharedAlignment = 1024, kCanaryBytes = 256;
 constexpr unsigned char kCanary = 0xa5;
 
-uint64_t next_random(uint64_t& state) {  // splitmix64 (Steele, Lea, Flood 2014)
-    uint64_t z = (state += 0x9e3779b97f4a7c15ull);
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
-}
-
 unsigned nth_bit(uint32_t mask, unsigned n) {
     while (n--) mask &= mask - 1;
     return __builtin_ctz(mask);
@@ -73,8 +66,8 @@ void start_lane(Worker& w, Warp& warp, unsigned lane, Fiber& f) {
     f.index = thread_index(f.thread, w.launch->block);
 }
 
-// Whose turn it is: a lane of this warp, else of another. False when nobody can go on.
-bool choose(Worker& w, Warp*& warp, unsigned& lane) {
+// Whose turn it is: a lane of this warp, else of another. False when none is ready.
+bool choose_ready(Worker& w, Warp*& warp, unsigned& lane) {
     if (w.shuffle) {
         for (uint32_t rest = w.ready_warps; rest;) {
             const unsigned i = random_bit(rest, w.random);
@@ -99,6 +92,14 @@ bool choose(Worker& w, Warp*& warp, unsigned& lane) {
         if (!w.ready_warps) return false;
         warp = &w.warps[__builtin_ctz(w.ready_warps)];
     }
+}
+
+// The same; where nobody is ready, bulk copies land that somebody waits for.
+bool choose(Worker& w, Warp*& warp, unsigned& lane) {
+    do {
+        if (choose_ready(w, warp, lane)) return true;
+    } while (land_bulk_copies(w));
+    return false;
 }
 
 // Called by a thread that has returned: __syncwarp and the like don't wait for it.
@@ -212,6 +213,19 @@ std::string group_text(const Worker& w, unsigned count, unsigned first_thread, c
         text += group_text(w, b.arrived, first,
                            std::string("wait at ") + b.word + " for " + std::to_string(b.expected) +
                                " threads (" + where_text(b.where) + ")");
+    }
+    for (const MemoryBarrier& b : w.memory_barriers) {
+        unsigned count = 0, first = 0;
+        for (unsigned i = kMaxWarps; i-- > 0;) {
+            count += __builtin_popcount(b.waiting[i]);
+            if (b.waiting[i]) first = 32 * i + __builtin_ctz(b.waiting[i]);
+        }
+        if (!count) continue;
+        text += group_text(w, count, first,
+                           "wait at mbarrier_wait (" + where_text(b.wait_where) + ") for phase " +
+                               std::to_string(b.phase) + ", which lacks " + std::to_string(b.pending) +
+                               " of " + std::to_string(b.expected) + " arrivals and " +
+                               std::to_string(b.bytes) + " bytes");
     }
     if (exited) text += group_text(w, exited, first_exited, "returned");
     stop("%s: the block is stuck: %s", block_text(w).c_str(), text.c_str() + 2);
@@ -392,6 +406,14 @@ void run_block(const Launch& launch, uint3 block) {
     switch_to_next();
     if (w.live) report_stuck(w);
     check_canary(w);
+    for (const MemoryBarrier& b : w.memory_barriers)
+        if (!b.copies.empty())
+            stop(
+                "%s: all threads have returned while a bulk copy is under way, which would write into the "
+                "next "
+                "block's shared memory (%s)",
+                block_text(w).c_str(), where_text(b.copies[0].where).c_str());
+    w.memory_barriers.clear();
     if (w.async_used) {  // copies that nobody waited for are nobody's
         for (unsigned i = 0; i < w.threads; i++) w.async[i].clear(), w.products[i].clear();
         w.async_used = false;

@@ -125,6 +125,27 @@ struct WarpgroupProducts {
     void clear() { *this = {}; }
 };
 
+// A barrier in shared memory (mbarrier; bulk.cpp), with the bulk copies that count at it.
+struct MemoryBarrier {
+    struct Copy {  // of 16 bytes
+        void* to;
+        const void* from;  // null: zeros
+        Where where;
+        unsigned thread;
+        uint32_t clock;  // of the thread at the issue, for the race record
+    };
+    const void* address;
+    unsigned expected, pending;  // arrivals of a phase, and those that the running one lacks
+    int64_t bytes;               // announced for the running phase, and not come
+    uint64_t phase;              // the running one; those before are complete
+    unsigned thread;             // that initialised it
+    bool fenced;                 // so that copies see it
+    Where where, wait_where;
+    uint32_t waiting[kMaxWarps], waited[kMaxWarps];  // lanes: now, and ever
+    std::vector<Copy> copies;
+    std::vector<uint32_t> clocks, complete_clocks;  // what those know who have arrived; the race record's
+};
+
 // What one OS thread needs to run blocks; there is one for each core of the pool, and one for the caller.
 struct Worker {
     const Launch* launch = nullptr;  // null while no kernel runs
@@ -145,6 +166,7 @@ struct Worker {
     Barrier barriers[kMaxBarriers];
     AsyncCopies async[kMaxWarps * 32];
     WarpgroupProducts products[kMaxWarps * 32];
+    std::vector<MemoryBarrier> memory_barriers;
 };
 inline constinit thread_local Worker* worker = nullptr;
 
@@ -165,6 +187,7 @@ extern bool race_on;
 void race_warp_ordered(uint32_t mask);
 void race_barrier_passed(const Barrier& barrier);
 void race_read(const void* p, size_t bytes, unsigned lane, Where where);
+void race_proxy_read(const void* p, size_t bytes, Where where);
 
 // ---- switching --------------------------------------------------------------------------------------------
 
@@ -255,8 +278,17 @@ void async_issue(void* shared_dst, const void* global_src, Where where);
 void async_commit();
 void async_wait(size_t newest);
 
-// Starts the warpgroup product `held` = or += a, or the rows at `left`, times a tile (words.cpp); the wait does
-// it.
+// Barriers in shared memory and bulk copies (bulk.cpp). land_bulk_copies: nobody can go on; the copies of a
+// barrier that somebody waits at land, and true where there was one.
+void memory_barrier_init(const void* address, unsigned arrivals, Where where);
+void memory_barrier_fence();
+void memory_barrier_arrive(const void* address, unsigned bytes, const char* word, Where where);
+void memory_barrier_wait(const void* address, unsigned parity, Where where);
+bool land_bulk_copies(Worker& w);
+void bulk_issue(void* shared_dst, const void* global_src, unsigned bytes, const void* barrier, Where where);
+
+// Starts the warpgroup product `held` = or += a, or the rows at `left`, times a tile (words.cpp); the wait
+// does it.
 void product_issue(float (&held)[8][4], const uint32_t* a, const unsigned char* left,
                    const unsigned char* tile, int at, bool transposed, bool add, Where where);
 

@@ -4,8 +4,15 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include "cuda.h"
 #include "cuda_bf16.h"
 #include "cuda_runtime.h"
+
+namespace sim {
+// In bulk.cpp; here, since only this header knows tensor maps.
+void box_issue(void* shared_dst, const CUtensorMap& map, const int (&at)[3], const void* barrier,
+               Where where);
+}  // namespace sim
 
 namespace ptx {
 
@@ -134,14 +141,49 @@ SIM_QUIET inline void barrier_sync(int id, int threads, sim::Where where = sim::
     sim::barrier("barrier_sync", id, static_cast<unsigned>(threads), where);
 }
 
+// x of lane 0.
+SIM_QUIET inline int uniform(int x, sim::Where where = sim::Where::current()) {
+    return __shfl_sync(0xffffffffu, x, 0, 32, where);
+}
+
+// ---- barriers in shared memory, bulk copies (sm_90) -------------------------------------------------------
+//
+// As late as CUDA allows, and checked: see bulk.cpp.
+
+using Mbarrier = uint64_t;
+
+SIM_QUIET inline void mbarrier_init(Mbarrier* barrier, unsigned arrivals,
+                                    sim::Where where = sim::Where::current()) {
+    sim::memory_barrier_init(barrier, arrivals, where);
+}
+SIM_QUIET inline void mbarrier_arrive(Mbarrier* barrier, sim::Where where = sim::Where::current()) {
+    sim::memory_barrier_arrive(barrier, 0, "mbarrier_arrive", where);
+}
+SIM_QUIET inline void mbarrier_arrive_expect(Mbarrier* barrier, unsigned bytes,
+                                             sim::Where where = sim::Where::current()) {
+    sim::memory_barrier_arrive(barrier, bytes, "mbarrier_arrive_expect", where);
+}
+SIM_QUIET inline void mbarrier_wait(Mbarrier* barrier, unsigned parity,
+                                    sim::Where where = sim::Where::current()) {
+    sim::memory_barrier_wait(barrier, parity, where);
+}
+SIM_QUIET inline void bulk_load_box(void* shared_dst, const CUtensorMap& map, int x, int y, int z,
+                                    Mbarrier* barrier, sim::Where where = sim::Where::current()) {
+    sim::box_issue(shared_dst, map, {x, y, z}, barrier, where);
+}
+SIM_QUIET inline void bulk_load(void* shared_dst, const void* global_src, unsigned bytes, Mbarrier* barrier,
+                                sim::Where where = sim::Where::current()) {
+    sim::bulk_issue(shared_dst, global_src, bytes, barrier, where);
+}
+inline void fence_async_proxy() { sim::memory_barrier_fence(); }
+
 // ---- products of a warpgroup (sm_90a) --------------------------------------------------------------------
 //
 // Started by wgmma and done by the wgmma_wait_all that covers their group: until then the accumulators are
-// poison, and the tile is read at the wait, so that a missing commit or wait, and a tile that is filled
-// again too early, show. A missing wgmma_fence is an error; a missing fence_async_proxy is not seen. A
+// poison, and the tile is read at the wait, so that a missing commit or wait, and a tile that is filled again
+// too early, show. A missing wgmma_fence is an error, and the race record sees a missing fence_async_proxy. A
 // warp's rows of the result depend on its own rows of the left operand alone, so each warp does its part.
 
-inline void fence_async_proxy() {}
 inline void wgmma_fence() { sim::worker->products[sim::worker->current->thread].fenced = true; }
 inline void wgmma_commit() {
     sim::WarpgroupProducts& p = sim::worker->products[sim::worker->current->thread];
@@ -150,19 +192,38 @@ inline void wgmma_commit() {
 
 namespace detail {
 
-// Elements (row, column) and (row', column') of a tile of 128-byte rows, swizzled, as a pair.
-inline uint32_t swizzled_pair(const unsigned char* tile, int row, int column, int next_row, int next_column) {
-    const auto element = [tile](int r, int c) {
-        uint16_t bits;
-        memcpy(&bits, tile + r * 128 + (c / 8 ^ r % 8) * 16 + c % 8 * 2, 2);
-        return uint32_t{bits};
-    };
-    return element(row, column) | element(next_row, next_column) << 16;
+// Chunk `chunk` of row `row` of a swizzled tile of 128-byte rows.
+template <class Byte>
+inline Byte* swizzled_chunk(Byte* tile, int row, int chunk) {
+    return tile + row * 128 + (chunk ^ row % 8) * 16;
+}
+
+// Elements (row, column) and (row', column') of such a tile, as a pair.
+SIM_QUIET inline uint32_t swizzled_pair(const unsigned char* tile, int row, int column, int next_row,
+                                        int next_column) {
+    uint16_t low, high;
+    memcpy(&low, swizzled_chunk(tile, row, column / 8) + column % 8 * 2, 2);
+    memcpy(&high, swizzled_chunk(tile, next_row, next_column / 8) + next_column % 8 * 2, 2);
+    return low | uint32_t{high} << 16;
+}
+
+// What a product reads, for the race record: the block of the right tile, and of the left one all 64 rows,
+// since nothing says that a warp's part of the product reads the warp's own rows alone.
+SIM_QUIET inline void record_product(const sim::WarpgroupProducts::Product& p, int lane) {
+    for (int i = lane; i < 128; i += 32) {
+        const int row = i / 2, chunk = p.at / 8 + i % 2;
+        const unsigned char* right =
+            p.transposed ? swizzled_chunk(p.tile, row, chunk) : swizzled_chunk(p.tile, p.at + i / 8, i % 8);
+        sim::race_proxy_read(right, 16, p.where);
+        if (p.left) sim::race_proxy_read(swizzled_chunk(p.left, row, chunk), 16, p.where);
+    }
 }
 
 // 16 rows of the result of each warp, 8 columns at a time.
-inline void warpgroup_product(float (&d)[8][4], sim::WarpgroupProducts::Product& p) {
+SIM_QUIET inline void warpgroup_product(float (&d)[8][4], sim::WarpgroupProducts::Product& p) {
     const int lane = sim::worker->lane, k = p.at + lane % 4 * 2;
+    if (sim::race_on) [[unlikely]]
+        record_product(p, lane);
     if (p.left) {
         const int row = sim::worker->current->thread / 32 % 4 * 16 + lane / 4;
         for (int i = 0; i < 4; i++) {

@@ -40,7 +40,8 @@ constexpr uint32_t kIsWhere = 0x80000000u;  // a site is an offset in the code; 
 
 struct Access {
     uint32_t launch = 0, block = 0;
-    uint32_t clock : 21 = 0, thread : 10 = 0, atomic : 1 = 0;
+    uint32_t clock : 20 = 0, thread : 10 = 0, atomic : 1 = 0;
+    uint32_t by_proxy : 1 = 0;  // written by a bulk copy, through the asynchronous proxy
     uint32_t site = 0;
 };
 
@@ -72,7 +73,7 @@ struct Acquire {  // by `thread` at `clock`; whoever knows of that has it too
     std::shared_ptr<const Release> release;
 };
 
-struct Pending {  // 16 bytes that a cp.async of `thread` will write
+struct Pending {  // 16 bytes that a copy of `thread` will write
     unsigned thread;
     Where where;
 };
@@ -87,7 +88,7 @@ struct Record {
     std::vector<Where> places;
     // Clocks of the running block. What u knows of t is the greater of base[t], since the last barrier of
     // all, and extra[u][t], where extra_of[u] says that it is of this barrier's time.
-    Clocks clock, base, fenced;
+    Clocks clock, base, fenced, proxy_fenced;
     std::vector<Clocks> extra = std::vector<Clocks>(kMaxThreads);
     std::vector<uint32_t> extra_of = std::vector<uint32_t>(kMaxThreads);
     uint32_t barrier_time = 0;
@@ -202,19 +203,16 @@ void check_pending(Record& r, uintptr_t address, size_t bytes, unsigned thread, 
     for (uintptr_t at = address & ~uintptr_t{15}; at < address + bytes; at += 16) {
         const auto it = r.pending.find(at);
         if (it == r.pending.end()) continue;
-        const Access now{r.launch, r.block, 0, thread, 0, site};
-        const Access copy{r.launch, r.block, 0, it->second.thread, 0, site_of(it->second.where)};
-        stop("kernel %s: %s; but a cp.async is still under way there: %s",
+        const Access now{r.launch, r.block, 0, thread, 0, 0, site};
+        const Access copy{r.launch, r.block, 0, it->second.thread, 0, 0, site_of(it->second.where)};
+        stop("kernel %s: %s; but a copy is still under way there: %s",
              kernel_name(worker->launch->kernel).c_str(), access_text(now, write).c_str(),
              access_text(copy, true).c_str());
     }
 }
 
-void touch(uintptr_t address, size_t bytes, bool write, bool atomic, unsigned thread, uint32_t site,
-           Region region) {
-    Record& r = record();
-    if (region == Region::Shared && !r.pending.empty()) check_pending(r, address, bytes, thread, site, write);
-    const Access now{r.launch, r.block, r.clock[thread], thread, atomic, site};
+// The access `now` of the bytes at `address`.
+void touch(Record& r, uintptr_t address, size_t bytes, bool write, const Access& now) {
     const int shift = bytes >= 4 && address % 4 == 0 ? 2 : bytes >= 2 && address % 2 == 0 ? 1 : 0;
     for (uintptr_t at = address; at < address + bytes;) {
         Page& page = r.pages[at / kPageBytes];
@@ -225,6 +223,13 @@ void touch(uintptr_t address, size_t bytes, bool write, bool atomic, unsigned th
                        reinterpret_cast<const void*>(at));
         at = end;
     }
+}
+
+void touch(uintptr_t address, size_t bytes, bool write, bool atomic, unsigned thread, uint32_t site,
+           Region region) {
+    Record& r = record();
+    if (region == Region::Shared && !r.pending.empty()) check_pending(r, address, bytes, thread, site, write);
+    touch(r, address, bytes, write, Access{r.launch, r.block, r.clock[thread], thread, atomic, 0, site});
 }
 
 [[noreturn]] void report_host(uintptr_t address, bool write, const void* return_address) {
@@ -301,6 +306,7 @@ void race_begin_block() {
     r.clock.assign(w.threads, 1);
     r.base.assign(w.threads, 0);
     r.fenced.assign(w.threads, 0);
+    r.proxy_fenced.assign(w.threads, 0);
     r.barrier_time++;
     r.pending.clear();
     r.acquires.clear();
@@ -342,13 +348,21 @@ void race_read(const void* p, size_t bytes, unsigned lane, Where where) {
           region_of(*worker, address));
 }
 
-void race_async_issue(void* to, const void* from, Where where) {
+void race_touch(const void* p, size_t bytes, bool write, Where where) {
+    const auto address = reinterpret_cast<uintptr_t>(p);
+    touch(address, bytes, write, false, worker->current->thread, site_of(where), region_of(*worker, address));
+}
+
+uint32_t race_async_issue(void* to, const void* from, Where where, bool by_proxy) {
+    Record& r = record();
     const unsigned me = worker->current->thread;
     const auto target = reinterpret_cast<uintptr_t>(to), source = reinterpret_cast<uintptr_t>(from);
-    touch(target, 16, true, false, me, site_of(where), Region::Shared);
+    if (!r.pending.empty()) check_pending(r, target, 16, me, site_of(where), true);
+    touch(r, target, 16, true, Access{r.launch, r.block, r.clock[me], me, 0, by_proxy, site_of(where)});
     if (from && region_of(*worker, source) == Region::Device)
         touch(source, 16, false, false, me, site_of(where), Region::Device);
-    record().pending.insert_or_assign(target, Pending{me, where});
+    r.pending.insert_or_assign(target, Pending{me, where});
+    return r.clock[me];
 }
 
 void race_async_landed(void* to) {
@@ -359,6 +373,68 @@ void race_async_landed(void* to) {
     const Pending pending = it->second;
     r.pending.erase(it);
     touch(target, 16, true, false, pending.thread, site_of(pending.where), Region::Shared);
+}
+
+void race_tick() { record().clock[worker->current->thread]++; }
+
+void race_proxy_fence() {
+    Record& r = record();
+    const unsigned me = worker->current->thread;
+    r.proxy_fenced[me] = r.clock[me]++;
+}
+
+// A read of the asynchronous proxy, for the running thread and in one page of shared memory: of what the same
+// proxy wrote, or of what its writer has fenced since.
+void race_proxy_read(const void* p, size_t bytes, Where where) {
+    race_touch(p, bytes, false, where);
+    Record& r = record();
+    const auto address = reinterpret_cast<uintptr_t>(p);
+    const Page& page = r.pages[address / kPageBytes];
+    for (size_t i = 0; i < bytes; i += size_t{1} << page.shift) {
+        const Access& w = page.cells[(address + i) % kPageBytes >> page.shift].write;
+        if (w.launch != r.launch || w.by_proxy || r.proxy_fenced[w.thread] >= w.clock) continue;
+        const Access now{r.launch, r.block, 0, worker->current->thread, 0, 0, site_of(where)};
+        stop("kernel %s: %s, and a warpgroup product, %s, without a fence_async_proxy between them",
+             kernel_name(worker->launch->kernel).c_str(), access_text(w, true).c_str(),
+             access_text(now, false).c_str());
+    }
+}
+
+namespace {
+
+void take_over(Clocks& known, const Clocks& other) {
+    known.resize(std::max(known.size(), other.size()));
+    for (size_t t = 0; t < other.size(); t++) known[t] = std::max(known[t], other[t]);
+}
+
+}  // namespace
+
+// Who waits for the phase will know what this thread knows.
+void race_memory_barrier_arrive(MemoryBarrier& b) {
+    Record& r = record();
+    const unsigned me = worker->current->thread;
+    Clocks mine(r.clock.size());
+    for (unsigned t = 0; t < mine.size(); t++) mine[t] = r.known(me, t);
+    take_over(b.clocks, mine);
+    r.clock[me]++;
+}
+
+void race_memory_barrier_passed(const MemoryBarrier& b) {
+    Record& r = record();
+    const unsigned me = worker->current->thread;
+    if (r.extra_of[me] != r.barrier_time) {
+        r.extra[me].assign(r.clock.size(), 0);
+        r.extra_of[me] = r.barrier_time;
+    }
+    take_over(r.extra[me], b.complete_clocks);
+}
+
+// The bytes count as written at their issue, and whoever waits knows of that.
+void race_bulk_landed(MemoryBarrier& b, void* to, unsigned thread, uint32_t clock) {
+    record().pending.erase(reinterpret_cast<uintptr_t>(to));
+    Clocks issued(thread + 1, 0);
+    issued[thread] = clock;
+    take_over(b.clocks, issued);
 }
 
 namespace {

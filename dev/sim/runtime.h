@@ -26,6 +26,13 @@ inline constexpr size_t kSharedBytes =
 inline constexpr size_t kStaticSharedLimit = 48 * 1024;
 inline size_t shared_limit() { return settings().arch == 80 ? 163 * 1024 : 227 * 1024; }
 
+inline uint64_t next_random(uint64_t& state) {  // splitmix64 (Steele, Lea, Flood 2014)
+    uint64_t z = (state += 0x9e3779b97f4a7c15ull);
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return z ^ z >> 31;
+}
+
 // Remembers an error for cudaGetLastError, and returns it.
 cudaError_t set_error(cudaError_t error);
 
@@ -80,7 +87,14 @@ void watch(Worker& w);  // this OS thread's faults are named, and a kernel that 
 void race_begin_launch(const Launch& launch);
 void race_begin_block();
 void race_fence();
-void race_async_issue(void* to, const void* from, Where where);
+// A copy of 16 bytes; returns the thread's clock. `by_proxy`: through the asynchronous proxy, as bulk copies.
+uint32_t race_async_issue(void* to, const void* from, Where where, bool by_proxy);
 void race_async_landed(void* to);
+void race_touch(const void* p, size_t bytes, bool write, Where where);  // by the running thread
+void race_tick();  // what the running thread does from now on is later than what it did
+void race_proxy_fence();
+void race_memory_barrier_arrive(MemoryBarrier& b);
+void race_memory_barrier_passed(const MemoryBarrier& b);
+void race_bulk_landed(MemoryBarrier& b, void* to, unsigned thread, uint32_t clock);
 
 }  // namespace sim

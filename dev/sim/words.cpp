@@ -16,7 +16,7 @@ void async_issue(void* to, const void* from, Where where) {
 #endif
     Worker& w = *worker;
     w.async_used = true;
-    if (race_on) race_async_issue(to, from, where);
+    if (race_on) race_async_issue(to, from, where, false);
     poison(to, 16);
     w.async[w.current->thread].copies.push_back({to, from});
 }

@@ -53,6 +53,41 @@ __global__ void zero_fill_kernel(float* out, const float* in, int n) {
     out[threadIdx.x] = s.x[0][4 * (blockDim.x - 1 - threadIdx.x)];
 }
 
+struct RingShared {
+    alignas(128) float tile[2][256];
+    ptx::Mbarrier full[2], empty[2];
+};
+
+// A warp that only loads, by bulk copies into two stages, and two that read at their own pace: one skips
+// every other tile, but gives it back all the same.
+__global__ void ring_kernel(float* out, const float* in, int tiles) {
+    RingShared& s = shared<RingShared>();
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; i++) ptx::mbarrier_init(&s.full[i], 1), ptx::mbarrier_init(&s.empty[i], 2);
+        ptx::fence_async_proxy();
+    }
+    __syncthreads();
+    if (warp == 2) {
+        for (int t = 0; t < tiles && lane == 0; t++) {
+            if (t >= 2) ptx::mbarrier_wait(&s.empty[t % 2], (t / 2 - 1) % 2);
+            ptx::mbarrier_arrive_expect(&s.full[t % 2], 1024);
+            ptx::bulk_load(s.tile[t % 2], in + t * 256, 512, &s.full[t % 2]);
+            ptx::bulk_load(s.tile[t % 2] + 128, in + t * 256 + 128, 512, &s.full[t % 2]);
+        }
+        return;
+    }
+    float sum = 0;
+    for (int t = 0; t < tiles; t++) {
+        ptx::mbarrier_wait(&s.full[t % 2], t / 2 % 2);
+        if (warp == 0 || t % 2 == 0)
+            for (unsigned k = 0; k < 4; k++) sum += s.tile[t % 2][(8 * lane + 64 * k + k) % 256];
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(&s.empty[t % 2]);
+    }
+    out[threadIdx.x] = sum;
+}
+
 // Producer warps and consumer warps meet at barriers of their own; nobody returns before the last one.
 __global__ void specialised_warps_kernel(float* out) {
     FloatsShared& s = shared<FloatsShared>();
@@ -159,6 +194,16 @@ void last_block_adds(Gpu& gpu) {
     fill_zero(ticket.get(), 1, gpu);
     launch<FloatsShared>(last_block_adds_kernel, {8, 64}, gpu, out.get(), partial.get(), ticket.get());
     expect("sum", fetch(out.get(), 64, gpu), [](size_t) { return 8; });
+}
+
+void ring(Gpu& gpu) {
+    constexpr int kTiles = 7;
+    DeviceBuffer<float> in(kTiles * 256), out(64);
+    std::vector<float> x(in.size());
+    for (size_t i = 0; i < x.size(); i++) x[i] = static_cast<float>(i / 256 + 1);
+    copy_to_device(in.get(), x.data(), x.size(), gpu);
+    launch<RingShared>(ring_kernel, {1, 96}, gpu, out.get(), in.get(), kTiles);
+    expect("sums of a ring", fetch(out.get(), 64, gpu), [](size_t i) { return i < 32 ? 4 * 28 : 4 * 16; });
 }
 
 void double_buffer(Gpu& gpu) {
@@ -361,6 +406,7 @@ int main(int argc, char** argv) {
     auto add = [&](const char* name, void (*run)(Gpu&)) { cases.push_back({name, "normal", "", "", run}); };
     add("last_block_adds", last_block_adds);
     add("double_buffer", double_buffer);
+    add("ring", ring);
     add("zero_fill", zero_fill);
     add("specialised_warps", specialised_warps);
     add("returned_lanes", returned_lanes);

@@ -176,6 +176,31 @@ void host_read(Gpu&) {
     printf("%g\n", p[1]);  // BUG host_read
 }
 
+struct SwizzledShared {
+    alignas(1024) unsigned char bytes[64 * 128];
+};
+
+// Tensor cores read a tile that ordinary stores have written, through another proxy.
+__global__ void no_proxy_fence_kernel(float* out) {
+    SwizzledShared& s = shared<SwizzledShared>();
+    for (unsigned i = threadIdx.x; i < sizeof(s.bytes) / 2; i += blockDim.x)
+        reinterpret_cast<uint16_t*>(s.bytes)[i] = 0x3f80;  // BUG stored
+    __syncthreads();
+    const uint32_t a[4] = {};
+    float d[8][4];
+    ptx::wgmma_fence();
+    ptx::wgmma_transposed<false>(d, a, s.bytes, 0);  // BUG no_proxy_fence
+    ptx::wgmma_commit();
+    ptx::wgmma_wait_all(d);
+    out[threadIdx.x] = d[0][0];
+}
+
+void run_no_proxy_fence(Gpu& gpu) {
+    DeviceBuffer<float> out(128);
+    launch<SwizzledShared>(no_proxy_fence_kernel, {1, 128}, gpu, out.get());
+    gpu.synchronize();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -215,8 +240,12 @@ int main(int argc, char** argv) {
          "(race in kernel|kernel) .*async_no_barrier_kernel.*reads at .*@async_no_barrier",
          run_copy<async_no_barrier_kernel>},
         {"async_under_way", "race", "",
-         "kernel .*async_under_way_kernel: .*reads at .*@async_under_way.*cp.async is still under way",
+         "kernel .*async_under_way_kernel: .*reads at .*@async_under_way.*a copy is still under way",
          run_copy<async_under_way_kernel>},
+        {"no_proxy_fence", "race", "",
+         "no_proxy_fence_kernel.*writes at .*@stored, and a warpgroup product.*@no_proxy_fence, without a "
+         "fence_async_proxy",
+         run_no_proxy_fence},
         {"fresh_device", "race", "",
          "kernel .*fresh_device_kernel.*thread \\(0, 0, 0\\): reads memory that nothing has written yet, at "
          ".*@fresh_device: byte 0 of device memory",
