@@ -1,4 +1,4 @@
-"""Checks every kernel's machine code: tensor cores and asynchronous copies where wanted, no local memory.
+"""Checks every kernel's machine code: tensor cores, asynchronous copies, overlap, no local memory.
 
     python dev/check_sass.py build/gpu-bf16-adamw/train_gpt2 [MORE...]
 
@@ -17,23 +17,27 @@ from pathlib import Path
 from check_ptxas import demangle
 
 # What a kernel must contain, by a part of its name. HMMA: mma.sync; LDSM: ldmatrix; LDGSTS: cp.async; HGMMA:
-# wgmma; UTMALDG: TMA's loads.
+# wgmma; UTMALDG and UBLKCP: bulk copies of boxes and of rows.
 MMA_SYNC = {"HMMA", "LDSM", "LDGSTS"}
 WANTED = {
     "attention_forward_kernel": MMA_SYNC,
     "attention_backward_walk_kernel": MMA_SYNC,
     "attention_backward_keys_kernel": MMA_SYNC,
     "attention_backward_queries_kernel": MMA_SYNC,
-    "attention_forward_sm90_kernel": {"HGMMA", "LDSM", "LDGSTS"},
-    "attention_backward_queries_sm90_kernel": {"HGMMA", "LDGSTS"},
-    "attention_backward_keys_sm90_kernel": {"HGMMA", "LDGSTS"},
+    "attention_forward_sm90_kernel": {"HGMMA", "LDSM", "UTMALDG"},
+    "attention_backward_queries_sm90_kernel": {"HGMMA", "UTMALDG"},
+    "attention_backward_keys_sm90_kernel": {"HGMMA", "LDSM", "UTMALDG", "UBLKCP"},
 }
 SM90_ONLY = {name for name in WANTED if "sm90" in name}  # elsewhere these are a trap that nothing launches
+# They compute a step's 32 exponentials a thread while a product runs: all lie between a wait that leaves a
+# product under way and the next wait. The compiler may move a wait up, and has.
+EXPONENTIALS = 32
 LOCAL_MEMORY = {"LDL", "STL"}  # a spill, or an array that is indexed at run time
 
 FUNCTION = re.compile(r"^\s*Function : (\S+)", re.MULTILINE)
 ARCH = re.compile(r"^arch = (sm_\w+)", re.MULTILINE)
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*)", re.MULTILINE)
+WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d+)")
 
 
 def find_cuobjdump():
@@ -52,15 +56,28 @@ def find_cuobjdump():
 
 
 def parse_sass(text):
-    """{(symbol, arch): set of instruction names} of cuobjdump --dump-sass."""
+    """{(symbol, arch): instructions in their order} of cuobjdump --dump-sass."""
     kernels, arch = {}, "?"
     parts = re.split(r"^(?=\s*Function : |arch = )", text, flags=re.MULTILINE)
     for part in parts:
         if match := ARCH.match(part):
             arch = match[1]
         elif match := FUNCTION.match(part):
-            kernels[match[1], arch] = set(INSTRUCTION.findall(part))
+            kernels[match[1], arch] = INSTRUCTION.findall(part)
     return kernels
+
+
+def overlaps(instructions):
+    """Whether a step's exponentials lie between a wait that leaves a product under way and the next wait."""
+    under_way, count = False, 0
+    for instruction in instructions:
+        if wait := WAIT.match(instruction):
+            under_way, count = wait[1] != "0", 0
+        elif instruction.startswith("MUFU.EX2"):
+            count += 1
+            if under_way and count == EXPONENTIALS:
+                return True
+    return False
 
 
 def read_program(path, cuobjdump):
@@ -80,8 +97,9 @@ def problems_of(kernels, precision):
     """One line for each thing that is wrong, and the number of kernels with nothing wrong."""
     names = dict(zip(kernels, demangle([symbol for symbol, _ in kernels]), strict=True))
     problems, passed, seen = [], 0, set()
-    for key, instructions in sorted(kernels.items(), key=lambda item: (names[item[0]], item[0][1])):
+    for key, listing in sorted(kernels.items(), key=lambda item: (names[item[0]], item[0][1])):
         name, arch = names[key], key[1]
+        instructions = {re.split(r"[.\s]", line, maxsplit=1)[0] for line in listing}
         wrong = (
             [f"touches local memory ({', '.join(sorted(local))})"]
             if (local := instructions & LOCAL_MEMORY)
@@ -92,6 +110,8 @@ def problems_of(kernels, precision):
             seen.add((last, arch))
             if missing := WANTED[last] - instructions:
                 wrong.append(f"has no {', no '.join(sorted(missing))}")
+            if last in SM90_ONLY and not overlaps(listing):
+                wrong.append(f"no {EXPONENTIALS} exponentials between a partial wait and the next")
         problems += [f"{name} {arch}: {what}" for what in wrong]
         passed += not wrong
     archs = {arch for _, arch in kernels}

@@ -10,9 +10,10 @@ Before that, every test runs once on the copy as it is and must pass, or it coul
 results is written as each mutation ends; a second start goes on behind it, and plants what is new in the
 table.
 
-Tests are written "gelu fp32" (dev/kernels), "model fp32 adamw" (test_gpt2), "host dataloader"
-(dev/test/*_test.cpp) and "program fp32 adamw: WORDS" (pytest -k WORDS dev/test/test_program.py). They are
-built with -O1, which compiles three times as fast.
+Tests are written "gelu fp32" (dev/kernels; "gelu fp32 race" under the race record), "model fp32 adamw"
+(test_gpt2), "host dataloader" (dev/test/*_test.cpp) and "program fp32 adamw: WORDS" (pytest -k WORDS
+dev/test/test_program.py). They are built with -O1, which compiles three times
+as fast.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ["Makefile", "train_gpt2.cu", "test_gpt2.cu", "llmc", "dev"]
 FLAGS = "-std=c++20 -O1 -march=native -fno-strict-aliasing -w -Idev/sim -I."
+RACE_FLAGS = "-Wp,-fsanitize=thread"
 HOST_FLAGS = "-std=c++20 -O1 -w -I."
 BUILD_S, RUN_S = 900, 900
 
@@ -193,7 +195,9 @@ def table() -> list[Mutation]:
         ),
         *of(
             "llmc/attention_softmax.cuh",
-            ("sum[m][j] *= correction;", ""),
+            ("sum[m][0] *= correction[m][0], sum", "sum"),
+            ("ptx::ex2(reference[m][j] - next[m][j]);", "ptx::ex2(next[m][j] - reference[m][j]);"),
+            ("reference[m][j] = next[m][j];", ""),
             ("inverse[m][j] = 1.0f / total;", "inverse[m][j] = total;"),
             ("reference[m][j] + log2f(total)", "reference[m][j]"),
             tests=["attention bf16"],
@@ -226,26 +230,63 @@ def table() -> list[Mutation]:
         *of(
             "llmc/attention_gradient.cuh",
             ("dot = fmaf(x[k], y[k], dot);", "dot = fmaf(x[k], y[k], -dot);"),
+            ("lanes < 8; lanes *= 2) dot +=", "lanes < 4; lanes *= 2) dot +="),
+            ("if (copy) copy[i] = stats;", "if (copy) copy[thread] = stats;"),
             ("sums[thread] = sum * factor;", "sums[thread] = sum;"),
             tests=["attention bf16"],
         ),
         *of(
             "llmc/attention_forward_sm90.cuh",
-            ("if (key <= group_last) {", "if (key + kWarpgroupKeys <= group_last) {"),
-            ("ptx::wgmma_wait_all(o[0]);", ""),
+            ("min(tiles, 2 * block + group + 1);", "min(tiles, 2 * block + 1);"),
+            ("start_sum(o, p, s.ring[tile - 1].v);", "start_sum(o, p, s.ring[tile].v);"),
+            ("ptx::wgmma_wait<0>(o[0]);  // stays", "// stays"),
+            ("ptx::wgmma_wait<1>(scores[0]);", ""),
             ("if (key + kWarpgroupKeys > warp_query + 1) mask", "if (key > warp_query + 1) mask"),
+            ("if (moved) rescale(o, correction);", ""),
+            ("if (moved) rescale(sum, correction);", ""),
+            ("s.ring.release(tile - 1);", "s.ring.release(tile);"),
+            ("ptx::mbarrier_wait(&s.q_full, 0);", ""),
+            ("s.ring.wait(tile);", ""),
+            ("ptx::wgmma_fence();\n    start_sum(o, p", "start_sum(o, p"),
             tests=["attention bf16"],
+        ),
+        *of(
+            "llmc/attention_ring.cuh",
+            ("if (tile >= kStages) ptx::mbarrier_wait(&empty", "if (false) ptx::mbarrier_wait(&empty"),
+            ("parity(tile - kStages));", "parity(tile));"),
+            ("tile / kStages % 2);", "tile % 2);"),
+            ("tile + kAhead >= kStages &&", "tile + kAhead > kStages &&"),
+            ("tile + kAhead < tiles;", "tile + kAhead < tiles - 1;"),
+            ("(which * NH + head % NH) * kHeadSize)", "(which + head % NH * 3) * kHeadSize)"),
+            ("b(head / NH) {}", "b(head % NH) {}"),
+            ("{kHeadSize, kBoxRows, 1}", "{kHeadSize, kBoxRows / 2, 1}"),
+            ("strides[] = {row_bytes, rows * row_bytes};", "strides[] = {row_bytes, row_bytes};"),
+            ("static_cast<uint64_t>(width), rows, static", "static_cast<uint64_t>(width), rows + 1, static"),
+            ("__syncwarp();", ""),
+            tests=["attention bf16", "ptx bf16", "attention bf16 race"],
         ),
         *of(
             "llmc/attention_backward_sm90.cuh",
             ("ptx::wgmma_wait<0>(ds[0]);", ""),
             ("ptx::wgmma_wait<1>(ds[0]);", ""),
+            ("ptx::wgmma_wait<kFirst ? 1 : 2>(p[0]);", "ptx::wgmma_wait<2>(p[0]);"),
+            ("ptx::wgmma_wait<1>(dk[0]);", ""),
             ("(ds[0][n][e] - dots[n][e % 2])", "(ds[0][n][e] - dots[n][0])"),
             ("(ds[0][n][e] - stats[e / 2].y)", "(ds[0][n][e] - stats[0].y)"),
-            ("past_diagonal == group", "past_diagonal == 0"),
-            ("start_sum(dk, left_ds, s.q[stage]);", "start_sum(dk, left_p, s.q[stage]);"),
-            ("start_sum(dq, left, s.k[stage]);", "start_sum(dq, left, s.v[stage]);"),
-            tests=["attention bf16"],
+            ("if constexpr (kFirst) mask_past_queries(p);", ""),
+            ("s.ring.wait(0);  // all the same: a wait may not skip a phase", ""),
+            ("s.ring.release(0);", ""),
+            (
+                "if constexpr (!kFirst) start_sum(dk, left_ds,",
+                "if constexpr (!kFirst) start_sum(dv, left_ds,",
+            ),
+            ("start_sum(dk, left_ds, s.ring[tiles - 1].q);", ""),
+            ("start_sum(dq, left, stage.k);", "start_sum(dq, left, stage.v);"),
+            ("if (group < tiles) {", "if (group < tiles - 1) {"),
+            ("ptx::bulk_load(stage.stats, stats + query,", "ptx::bulk_load(stage.stats, stats + first,"),
+            ("ptx::barrier_sync(1 + group, 128);", ""),
+            ("__syncthreads();  // the ring is free", ""),
+            tests=["attention bf16", "attention bf16 race"],
         ),
         *of(
             "llmc/grad_norm.cuh",
@@ -708,12 +749,14 @@ class Copy:
                 "dev/test/test_program.py",
             ]
             return f"build/sim-{rest[0]}-{rest[1]}/train_gpt2", command
-        return f"build/sim-{rest[0]}/kernels/{kind}", [f"build/sim-{rest[0]}/kernels/{kind}"]
+        target = f"build/sim-{'-'.join(rest)}/kernels/{kind}"
+        return target, [target]
 
     def test(self, test: str) -> tuple[str, str]:
         """("passed" | "failed" | "not built", what the output says)."""
         target, command = self.target_and_command(test)
-        make = ["make", "-s", f"SIM_FLAGS={FLAGS}", f"HOST_FLAGS={HOST_FLAGS}", target]
+        check, flags = ("race", f"{FLAGS} {RACE_FLAGS}") if test.endswith(" race") else ("", FLAGS)
+        make = ["make", "-s", f"CHECK={check}", f"SIM_FLAGS={flags}", f"HOST_FLAGS={HOST_FLAGS}", target]
         status, output = self.run(make, BUILD_S)
         if status != 0:
             return "not built", "\n".join(line for line in output.splitlines() if "error" in line)[:300]

@@ -277,9 +277,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     int head = blockIdx.x;
     while (head < heads) {
         if (threadIdx.x == 0) s.block.head.set(a, head);
-        float2* stats = a.stats_of(head);
-        for (int query = threadIdx.x; query < rows; query += kThreads)
-            stats[query] = query_stats(a, head, query);
+        store_query_stats<kThreads>(a, head, 0, rows, nullptr);
         for (int block = 0; block < a.blocks(); block++) {
             __syncthreads();  // head and statistics are there, and the last block's tiles are free
             backward_key_block<true>(a, block, s.block, &s, scratch);
@@ -352,8 +350,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_queries_kernel
     load_tile(s.stage[0].k, keys, 0, a.T);
     load_tile(s.stage[0].v, values, 0, a.T);
     ptx::cp_async_commit();
-    s.stats[threadIdx.x] = query_stats(a, head, block_query + threadIdx.x);
-    a.stats_of(head)[block_query + threadIdx.x] = s.stats[threadIdx.x];
+    store_query_stats<kThreads>(a, head, block_query, kBlockRows, s.stats);
     ptx::cp_async_wait<0>();
     __syncthreads();
     uint32_t q[4][2][4], d_o[4][2][4];
@@ -458,7 +455,7 @@ inline void backward(bf16* dqkv, float* dqkv_bias, float* scratch, const bf16* d
                         0};
     const bool wgmma = use_wgmma(products, gpu);
     const int walked = wgmma ? 0 : walked_heads < 0 ? plan_walked_heads(heads, plan.resident) : walked_heads;
-    if (wgmma) backward_sm90(a, heads, gpu);
+    if (wgmma) backward_sm90(a, B, gpu);
     if (walked > 0) {
         const int grid = walked < plan.resident ? walked : plan.resident;
         launch<WalkShared>(attention_backward_walk_kernel, {grid, kThreads}, gpu, a,

@@ -82,7 +82,12 @@ __global__ void __launch_bounds__(kThreads, 2)
             fill(scores, 0.0f);
             multiply_transposed(scores, q, s.stage[stage].k, 0);
             if (key + kKeys > warp_query + 1) mask_future_keys(scores, warp_query, key);
-            softmax_step(scores, o, reference, sum);
+            float correction[2][2];
+            if (move_references(reference, correction, scores)) {
+                rescale(sum, correction);
+                rescale(o, correction);
+            }
+            probabilities(scores, sum, reference);
             multiply_accumulators(o, scores, s.stage[stage].v, 0);
         }
         ptx::cp_async_wait<0>();

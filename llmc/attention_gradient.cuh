@@ -37,20 +37,34 @@ struct BackwardArguments {
     }
 };
 
-// {L, D} of a query, {0, 0} beyond T: there Q, dO are zeros too, so that P = 1, dS = 0, and nothing is added
-// anywhere.
-__device__ inline float2 query_stats(const BackwardArguments& a, int head, int query) {
-    if (query >= a.T) return float2{0.0f, 0.0f};
-    const bf16* o = plain_rows(a.out, head, a.T, a.NH).row(query);
-    const bf16* d_o = plain_rows(a.dout, head, a.T, a.NH).row(query);
-    float dot = 0.0f;
-#pragma unroll  // all sixteen loads at once
-    for (int i = 0; i < kHeadSize; i += Pack128<bf16>::size) {
-        const Pack128<bf16> x = load128(o + i), y = load128(d_o + i);
+// {L, D} of `count` queries of a head from `first` on go to row_stats and, where it isn't null, to `copy`;
+// {0, 0} beyond T: there Q, dO are zeros too, so that P = 1, dS = 0, and nothing is added anywhere. Eight
+// lanes a query, so that a warp reads whole rows; the block's threads all come, count is a multiple of
+// kBlockThreads / 8.
+template <int kBlockThreads>
+__device__ inline void store_query_stats(const BackwardArguments& a, int head, int first, int count,
+                                         float2* copy) {
+    const HeadRows<const bf16> out = plain_rows(a.out, head, a.T, a.NH),
+                               dout = plain_rows(a.dout, head, a.T, a.NH);
+    const int thread = ptx::opaque(threadIdx.x), chunk = thread % 8;
+#pragma unroll 4  // eight loads at once; sixteen would make the walking kernel spill
+    for (int i = thread / 8; i < count; i += kBlockThreads / 8) {
+        const int query = first + i;
+        float dot = 0.0f;
+        if (query < a.T) {
+            const Pack128<bf16> x = load128(out.row(query) + chunk * Pack128<bf16>::size),
+                                y = load128(dout.row(query) + chunk * Pack128<bf16>::size);
 #pragma unroll
-        for (int k = 0; k < Pack128<bf16>::size; k++) dot = fmaf(x[k], y[k], dot);
+            for (int k = 0; k < Pack128<bf16>::size; k++) dot = fmaf(x[k], y[k], dot);
+        }
+#pragma unroll
+        for (int lanes = 1; lanes < 8; lanes *= 2) dot += __shfl_xor_sync(0xffffffffu, dot, lanes);
+        if (chunk == 0) {
+            const float2 stats{query < a.T ? a.lse[static_cast<size_t>(head) * a.T + query] : 0.0f, dot};
+            a.stats_of(head)[query] = stats;
+            if (copy) copy[i] = stats;
+        }
     }
-    return float2{a.lse[static_cast<size_t>(head) * a.T + query], dot};
 }
 
 // Partial sums by columns: 8 lanes x the block's warps; 8 words of padding let the eight lanes of a column

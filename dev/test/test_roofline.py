@@ -241,9 +241,10 @@ arch = sm_90a
 
 def test_machine_code_is_read():
     kernels = check_sass.parse_sass(SASS)
-    assert kernels == {
-        ("_ZN9attention24attention_forward_kernelEv", "sm_90a"): {"LDC", "LDGSTS", "LDSM", "HMMA"},
-        ("_Z11gelu_kernelv", "sm_90a"): {"EXIT"},
+    names = {key: [line.split(".")[0].split()[0] for line in lines] for key, lines in kernels.items()}
+    assert names == {
+        ("_ZN9attention24attention_forward_kernelEv", "sm_90a"): ["LDC", "LDGSTS", "LDSM", "HMMA"],
+        ("_Z11gelu_kernelv", "sm_90a"): ["EXIT"],
     }
     assert check_sass.problems_of(kernels, "fp32") == ([], 2)
 
@@ -260,3 +261,23 @@ def test_missing_kernels_instructions_and_local_memory_are_found():
         problems, passed = check_sass.problems_of(check_sass.parse_sass(SASS.replace(*planted)), "fp32")
         assert passed == 1
         assert named in problems[0]
+
+
+def sm90_listing(before, between, after):
+    """Machine code of a wgmma kernel with as many exponentials before, between and after its two waits."""
+    words = ["LDSM.16.M88.4 R8, [R2]", "@P0 UTMALDG.3D [UR8], [UR14]", "HGMMA.64x64x16.F32.BF16 R24"]
+    words += ["MUFU.EX2 R3, R16"] * before + ["WARPGROUP.DEPBAR.LE gsb0, 0x1"]
+    words += ["@P1 MUFU.EX2 R3, R16"] * between + ["WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+    words += ["MUFU.EX2 R3, R16"] * after
+    lines = [f"        /*{16 * i:04x}*/    {word} ;    /* 0x00 */" for i, word in enumerate(words)]
+    head = "\narch = sm_90a\n\t\tFunction : _ZN9attention29attention_forward_sm90_kernelEv\n"
+    return head + "\n".join(lines) + "\n"
+
+
+def test_a_wait_that_the_compiler_moved_up_is_found():
+    good = check_sass.parse_sass(sm90_listing(2, 32, 0))
+    assert check_sass.problems_of(good, "fp32") == ([], 1)
+    for moved in ((0, 0, 32), (32, 0, 0), (1, 31, 31)):
+        problems, passed = check_sass.problems_of(check_sass.parse_sass(sm90_listing(*moved)), "fp32")
+        assert passed == 0
+        assert "exponentials" in problems[0]
