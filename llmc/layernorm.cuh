@@ -103,15 +103,6 @@ __global__ __launch_bounds__(kThreads* kLayernormRowsPerBlock<kThreads>) void la
     }
 }
 
-__global__ void residual_forward_kernel(floatX* out, const floatX* inp1, const floatX* inp2, size_t N) {
-    const size_t i = (static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x) * x128::size;
-    if (i >= N) return;
-    const x128 x = load128_streaming(inp1 + i), y = load128_streaming(inp2 + i);
-    x128 sum;
-    for (int k = 0; k < x128::size; k++) sum.set(k, x[k] + y[k]);
-    store128(out + i, sum);
-}
-
 // ---- backward ---------------------------------------------------------------------------------------------
 
 // Sums each of v[0 .. kValues - 1] over the warp with kValues - 1 + log2(32 / kValues) shuffles instead of 5
@@ -284,7 +275,7 @@ inline void layernorm_forward(floatX* out, float* mean, float* rstd, const float
 }
 
 // residual = inp1 + inp2, rounded to floatX; out = layernorm(residual) * weight + bias, the same bits as
-// residual_forward and layernorm_forward one after the other.
+// layernorm_forward of that.
 //   residual, out (rows, C), mean, rstd (rows) written; inp1, inp2 (rows, C), weight, bias (C) read. residual
 //   may be inp1 or inp2, out may be inp2. C a multiple of 64, up to kLayernormMaxC. Async on gpu.stream,
 //   deterministic.
@@ -292,16 +283,6 @@ inline void residual_layernorm_forward(floatX* residual, floatX* out, float* mea
                                        const floatX* inp1, const floatX* inp2, const floatX* weight,
                                        const floatX* bias, int rows, int C, Gpu& gpu) {
     launch_layernorm_forward<true>(residual, out, mean, rstd, inp1, inp2, weight, bias, rows, C, gpu);
-}
-
-// out = inp1 + inp2.
-//   out (N) written, inp1, inp2 (N) read; any may be the same. N a positive multiple of x128::size. Async on
-//   gpu.stream, deterministic.
-inline void residual_forward(floatX* out, const floatX* inp1, const floatX* inp2, size_t N, Gpu& gpu) {
-    constexpr int kThreads = 256;
-    if (N == 0 || N % x128::size != 0)
-        fatal("residual: %zu values, wanted a positive multiple of %d", N, x128::size);
-    launch(residual_forward_kernel, {ceil_div(N, kThreads * x128::size), kThreads}, gpu, out, inp1, inp2, N);
 }
 
 inline int layernorm_backward_threads(int C) {
