@@ -480,6 +480,10 @@ def product_s(kernel, gpu):
     return max(best[0], kernel.bytes / (gpu.copy_bytes * STREAM)), best[1]
 
 
+# A wave of walked heads takes 5 units however full it is; split, heads take 6 times the share that they fill.
+WALKED, SPLIT = 5, 6
+
+
 def attention_s(kernel, s, gpu):
     """(seconds, waves). Forward has thousands of blocks, the heavy ones first. Backward walks whole waves of
     heads, and splits the rest where that is cheaper: plan_walked_heads() of llmc/attention_backward.cuh."""
@@ -489,9 +493,9 @@ def attention_s(kernel, s, gpu):
         return max(kernel.flop / forward, kernel.bytes / (gpu.copy_bytes * STREAM)), kernel.blocks / resident
     heads = s.batch * s.heads
     rest = heads % resident
-    walked = heads if 7 * rest > 5 * resident else heads - rest
+    walked = heads if SPLIT * rest > WALKED * resident else heads - rest
     wave_s = kernel.flop / heads * resident / backward
-    seconds = math.ceil(walked / resident) * wave_s + 7 / 5 * (heads - walked) / resident * wave_s
+    seconds = (math.ceil(walked / resident) + SPLIT / WALKED * (heads - walked) / resident) * wave_s
     return max(seconds, kernel.bytes / (gpu.copy_bytes * STREAM)), walked / resident
 
 

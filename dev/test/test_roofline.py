@@ -3,6 +3,7 @@ machine code."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,16 +121,27 @@ def test_waves():
 
 
 def test_attention_backward_follows_the_plan():
-    """264 blocks are resident on an H100: 768 heads are walked in 3 waves; of 800, 792, and 8 are split."""
+    """264 blocks are resident on an H100: 768 heads are walked in 3 waves; of 800, 792, and 8 are split; a
+    second wave of 468 would be 77% full, less than 5/6, and is split too."""
     gpu = GPUS["H100"]
-    for shape, walked in ((Shape(12, 768, 64), 768), (Shape(48, 1600, 32), 792)):
+    for shape, waves_walked, walked in (
+        (Shape(12, 768, 64), 3, 768),
+        (Shape(48, 1600, 32), 3, 792),
+        (Shape(12, 768, 39), 1, 264),
+    ):
         kernel = next(k for k in roofline.attention_kernels(shape) if k.attention == "backward")
         seconds, waves = roofline.attention_s(kernel, shape, gpu)
         assert waves == walked / 264
         head_s = kernel.flop / (shape.batch * shape.heads) * 264 / 190e12
         assert seconds == pytest.approx(
-            3 * head_s + 7 / 5 * (shape.batch * shape.heads - walked) / 264 * head_s
+            waves_walked * head_s + 6 / 5 * (shape.batch * shape.heads - walked) / 264 * head_s
         )
+
+
+def test_attention_backward_has_the_costs_of_the_plan():
+    source = (ROOT / "llmc/attention_backward.cuh").read_text()
+    (costs,) = re.findall(r"return (\d+) \* rest > (\d+) \* resident \?", source)
+    assert tuple(map(int, costs)) == (roofline.SPLIT, roofline.WALKED)
 
 
 # ---- the program counts the same ---------------------------------------------------------------------------
