@@ -15,7 +15,7 @@ inline constexpr int kGeluThreads = 256;
 
 // sigmoid(2u) and 1 - sigmoid(2u), neither by a subtraction from 1 that would cancel. e = exp(-2|u|) lies in
 // [0, 1], so nothing overflows for any x, and 1 + e in [1, 2] keeps the division off its slow path. exp by
-// ex2.approx: relative error 2^-22.5, and |2u| eps from rounding the argument. NaN stays NaN.
+// ex2.approx: relative error 2^-22, and |2u| eps from rounding the argument. NaN stays NaN.
 struct GeluGate {
     float s, one_minus_s;
 };

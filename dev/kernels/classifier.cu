@@ -9,7 +9,7 @@
 namespace {
 
 constexpr double u = kU32;
-constexpr double kEx2Error = 0x1p-22;  // of ex2.approx, relative (PTX ISA: 2^-22.5)
+constexpr double kEx2Error = 0x1p-22;  // of ex2.approx, relative: 2 ulp
 constexpr float kDlossScale = 1.0f / 1024;
 
 struct Shape {

@@ -14,7 +14,7 @@ struct Gelu {
         slope = x * s * (1 - s) * k * (1 + 3 * 0.044715 * x * x);
     }
     // Relative error of s as computed. 2u takes 5 roundings, its factor log2(e) two (the constant, the
-    // product): 7 u |2u| in the exponent, and exp(y (1 + d)) errs by |y d|. ex2.approx adds 2^-22.5 < 4 u; 1
+    // product): 7 u |2u| in the exponent, and exp(y (1 + d)) errs by |y d|. ex2.approx adds 2^-22 = 4 u; 1
     // + e, the division and e * r a rounding each.
     double error_of_s() const { return kU32 * (7 * std::fabs(two_u) + 8); }
 };
