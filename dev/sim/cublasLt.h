@@ -1,6 +1,6 @@
 // The part of cuBLASLt that llmc/matmul.cuh calls, on a CPU: OpenBLAS underneath, the library's rules on top.
 // Names and values as NVIDIA's; cublaslt.cpp says what is checked. There is one algorithm, so nothing is ever
-// measured here.
+// measured here, unless SIM_CUBLASLT asks for more.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,6 +13,7 @@ enum cublasStatus_t {
     CUBLAS_STATUS_NOT_INITIALIZED = 1,
     CUBLAS_STATUS_INVALID_VALUE = 7,
     CUBLAS_STATUS_EXECUTION_FAILED = 13,
+    CUBLAS_STATUS_INTERNAL_ERROR = 14,
     CUBLAS_STATUS_NOT_SUPPORTED = 15,
 };
 enum cublasOperation_t { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1 };
@@ -70,6 +71,7 @@ using cublasLtMatmulPreference_t = cublasLtMatmulPreferenceOpaque_t*;
 
 struct cublasLtMatmulAlgo_t {
     uint32_t values[9];  // by cublasLtMatmulAlgoConfigAttributes_t
+    bool proposed;       // by the heuristic: what no attribute tells, or sets
 };
 struct cublasLtMatmulHeuristicResult_t {
     cublasLtMatmulAlgo_t algo;

@@ -9,14 +9,26 @@
 // but C, pointers and leading dimensions are multiples of 16 bytes, which is what the program tells the
 // heuristic. The algorithm asks for a little workspace, and overwrites it, so that nobody keeps anything
 // there.
+//
+// SIM_CUBLASLT=LETTERS makes a library of as many algorithms as letters, all the same product, in the
+// heuristic's order; it is read at every call, so that a test may change it. What becomes of each:
+//
+//     w   works                                       w alone is what there is without the variable
+//     f   cublasLtMatmul refuses it, though cublasLtMatmulAlgoCheck does not
+//     n   is refused when made anew by cublasLtMatmulAlgoInit: it needs what no attribute tells
+//     x   the heuristic fails
+//     F N X   the same where the epilogue has a GELU; elsewhere it works
 #pragma GCC optimize("O3")  // the loops over elements, as vectors
 #include "cublasLt.h"
 
 #include <algorithm>
 #include <bit>
+#include <cctype>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <type_traits>
 #include <cblas.h>
 #if defined(__SANITIZE_ADDRESS__)
@@ -54,7 +66,6 @@ struct cublasLtMatmulPreferenceOpaque_t {
 
 namespace {
 
-constexpr uint32_t kAlgorithm = 1;
 constexpr size_t kWorkspaceBytes = 4096;
 constexpr size_t kAlignment = 16;
 
@@ -97,14 +108,27 @@ cublasStatus_t check_problem(const cublasLtMatmulDescOpaque_t* t, const Layout* 
     return CUBLAS_STATUS_SUCCESS;
 }
 
-bool supported_algorithm(const cublasLtMatmulAlgo_t* algo) {
-    for (int i = 0; i < 9; i++) {
-        const uint32_t only = i == CUBLASLT_ALGO_CONFIG_ID           ? kAlgorithm
-                              : i == CUBLASLT_ALGO_CONFIG_SPLITK_NUM ? 1
-                                                                     : 0;
-        if (algo->values[i] != only) return false;
-    }
-    return true;
+// The letters of SIM_CUBLASLT for a product, an algorithm each; numbered from 1.
+std::string algorithms(bool has_gelu) {
+    const char* setting = getenv("SIM_CUBLASLT");
+    std::string letters = setting && *setting ? setting : "w";
+    if (letters.find_first_not_of("wfnxFNX") != std::string::npos)
+        sim::stop("SIM_CUBLASLT=%s: wants letters of wfnxFNX", setting);
+    for (char& c : letters)
+        if (isupper(c)) c = has_gelu ? static_cast<char>(tolower(c)) : 'w';
+    return letters;
+}
+
+// What becomes of an algorithm in this product; 0 where there is no such algorithm.
+char fate_of(const cublasLtMatmulAlgo_t* algo, const cublasLtMatmulDescOpaque_t* desc) {
+    const std::string letters = algorithms(has_aux(desc->epilogue));
+    const uint32_t id = algo->values[CUBLASLT_ALGO_CONFIG_ID];
+    for (int i = 0; i < 9; i++)
+        if (i != CUBLASLT_ALGO_CONFIG_ID && algo->values[i] != (i == CUBLASLT_ALGO_CONFIG_SPLITK_NUM))
+            return 0;
+    if (id < 1 || id > letters.size()) return 0;
+    const char letter = letters[id - 1];
+    return letter == 'n' && !algo->proposed ? 0 : letter;
 }
 
 // Bytes that a product reads or writes: device memory, in one allocation, not poisoned.
@@ -290,6 +314,7 @@ const char* cublasLtGetStatusName(cublasStatus_t status) {
         case CUBLAS_STATUS_NOT_INITIALIZED: return "CUBLAS_STATUS_NOT_INITIALIZED";
         case CUBLAS_STATUS_INVALID_VALUE: return "CUBLAS_STATUS_INVALID_VALUE";
         case CUBLAS_STATUS_EXECUTION_FAILED: return "CUBLAS_STATUS_EXECUTION_FAILED";
+        case CUBLAS_STATUS_INTERNAL_ERROR: return "CUBLAS_STATUS_INTERNAL_ERROR";
         case CUBLAS_STATUS_NOT_SUPPORTED: return "CUBLAS_STATUS_NOT_SUPPORTED";
     }
     return "CUBLAS_STATUS_UNKNOWN";
@@ -388,13 +413,17 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
     for (const uint32_t bytes : preference->alignment)
         if (bytes < kAlignment) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (preference->workspace_bytes < kWorkspaceBytes) return CUBLAS_STATUS_NOT_SUPPORTED;
-    results[0] = {};
-    results[0].algo.values[CUBLASLT_ALGO_CONFIG_ID] = kAlgorithm;
-    results[0].algo.values[CUBLASLT_ALGO_CONFIG_SPLITK_NUM] = 1;
-    results[0].workspaceSize = kWorkspaceBytes;
-    results[0].state = CUBLAS_STATUS_SUCCESS;
-    results[0].wavesCount = 1.0f;
-    *found = 1;
+    const std::string letters = algorithms(has_aux(desc->epilogue));
+    if (letters.find('x') != std::string::npos) return CUBLAS_STATUS_INTERNAL_ERROR;
+    for (; *found < wanted && *found < static_cast<int>(letters.size()); ++*found) {
+        cublasLtMatmulHeuristicResult_t& result = results[*found] = {};
+        result.algo.values[CUBLASLT_ALGO_CONFIG_ID] = *found + 1;
+        result.algo.values[CUBLASLT_ALGO_CONFIG_SPLITK_NUM] = 1;
+        result.algo.proposed = true;
+        result.workspaceSize = kWorkspaceBytes;
+        result.state = CUBLAS_STATUS_SUCCESS;
+        result.wavesCount = 1.0f;
+    }
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -403,11 +432,12 @@ cublasStatus_t cublasLtMatmulAlgoInit(cublasLtHandle_t handle, cublasComputeType
                                       cudaDataType_t c, cudaDataType_t d, int id,
                                       cublasLtMatmulAlgo_t* algo) {
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
-    if (!algo || id != static_cast<int>(kAlgorithm)) return CUBLAS_STATUS_INVALID_VALUE;
+    if (!algo || id < 1 || id > static_cast<int>(algorithms(false).size()))
+        return CUBLAS_STATUS_INVALID_VALUE;
     const bool types = a == b && c == d && (a == CUDA_R_16BF || d == CUDA_R_32F);
     if (compute != CUBLAS_COMPUTE_32F || scale != CUDA_R_32F || !types) return CUBLAS_STATUS_NOT_SUPPORTED;
     *algo = {};
-    algo->values[CUBLASLT_ALGO_CONFIG_ID] = kAlgorithm;
+    algo->values[CUBLASLT_ALGO_CONFIG_ID] = id;
     algo->values[CUBLASLT_ALGO_CONFIG_SPLITK_NUM] = 1;
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -446,7 +476,7 @@ cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDe
     if (!algo || !result) return CUBLAS_STATUS_INVALID_VALUE;
     if (const cublasStatus_t status = check_problem(desc, a, b, c, d); status != CUBLAS_STATUS_SUCCESS)
         return status;
-    if (!supported_algorithm(algo)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (!fate_of(algo, desc)) return CUBLAS_STATUS_NOT_SUPPORTED;
     result->workspaceSize = kWorkspaceBytes;
     result->state = CUBLAS_STATUS_SUCCESS;
     result->wavesCount = 1.0f;
@@ -466,7 +496,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     if (const cublasStatus_t status = check_problem(desc, a, b, c, d); status != CUBLAS_STATUS_SUCCESS)
         return status;
     if (C == D && !(*c == *d)) return CUBLAS_STATUS_INVALID_VALUE;
-    if (!supported_algorithm(algo)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    const char fate = fate_of(algo, desc);
+    if (!fate || fate == 'f') return CUBLAS_STATUS_NOT_SUPPORTED;
     if (workspace_bytes < kWorkspaceBytes || !workspace) return CUBLAS_STATUS_INVALID_VALUE;
     for (const void* p : {A, B, C, static_cast<const void*>(D), static_cast<const void*>(workspace)})
         if (!aligned(p)) return CUBLAS_STATUS_NOT_SUPPORTED;
