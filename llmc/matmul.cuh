@@ -10,14 +10,15 @@
 //
 // Sums are fp32, in the fp32 build without TF32. A gelu or a bias may ride in the product's own kernel (an
 // epilogue) or follow it in one of ours: which is faster depends on GPU and library, so both are candidates.
-// For each distinct product `Matmuls` asks the library's heuristic for algorithms, times them on random
-// numbers, keeps the fastest, and remembers it on disk; what was kept can be written down as text and used
-// again, by other ranks and by a resumed run.
+// For each distinct product `Matmuls` asks the library's heuristic for algorithms, tries each, times those
+// that work on random numbers, keeps the fastest, and remembers it on disk; what was kept can be written down
+// as text and used again, by other ranks and by a resumed run.
 //
 // Source: NVIDIA, cuBLAS library documentation, "Using the cuBLASLt API".
 #pragma once
 #include <algorithm>
 #include <array>
+#include <cfloat>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -159,8 +160,26 @@ inline std::optional<MatmulPlan> make_plan(const MatmulKey& key, const MatmulSet
     return plan;
 }
 
-// D = or += the plan's product, with everything its key asks for. Async on gpu.stream.
-inline void run_plan(MatmulPlan& plan, const MatmulOperands& x, Gpu& gpu) {
+// An algorithm of the heuristic's: as settings that make_plan can take, and as it came.
+struct MatmulAlgorithm {
+    MatmulSettings settings;
+    cublasLtMatmulAlgo_t algorithm;
+    size_t workspace_bytes;
+};
+// For an algorithm that make_plan can't make from its settings. As nobody else could either, its text has
+// algo -1, which no library knows: whoever reads that chooses anew.
+inline MatmulPlan plan_as_it_came(const MatmulKey& key, const MatmulAlgorithm& given) {
+    const bool fused = given.settings.fused;
+    return {key,
+            {.fused = fused},
+            MatmulDescriptors(key, fused ? key.epilogue : plainer(key.epilogue)),
+            given.algorithm,
+            given.workspace_bytes};
+}
+
+// D = or += the plan's product, with everything its key asks for. Async on gpu.stream. cublasLtMatmul may
+// refuse what cublasLtMatmulAlgoCheck let pass: its status.
+inline cublasStatus_t start_plan(MatmulPlan& plan, const MatmulOperands& x, Gpu& gpu) {
     const MatmulKey& key = plan.key;
     const bool fused = plan.settings.fused;
     const MatmulEpilogue inside = fused ? key.epilogue : plainer(key.epilogue);
@@ -171,21 +190,43 @@ inline void run_plan(MatmulPlan& plan, const MatmulOperands& x, Gpu& gpu) {
     void* d = key.epilogue == MatmulEpilogue::GeluBias && !fused ? x.pre_gelu_out : x.d;
     const float alpha = 1.0f, beta = key.write == Write::Add ? 1.0f : 0.0f;
     const MatmulDescriptors& t = plan.descriptors;
-    CUBLAS_CHECK(cublasLtMatmul(gpu.cublaslt, t.operation.get(), &alpha, x.a, t.a.get(), x.b, t.b.get(),
-                                &beta, d, t.d.get(), d, t.d.get(), &plan.algorithm, gpu.workspace.get(),
-                                plan.workspace_bytes, gpu.stream));
-    if (fused) return;
+    const cublasStatus_t status = cublasLtMatmul(
+        gpu.cublaslt, t.operation.get(), &alpha, x.a, t.a.get(), x.b, t.b.get(), &beta, d, t.d.get(), d,
+        t.d.get(), &plan.algorithm, gpu.workspace.get(), plan.workspace_bytes, gpu.stream);
+    if (fused || status != CUBLAS_STATUS_SUCCESS) return status;
     floatX* out = static_cast<floatX*>(x.d);
     if (key.epilogue == MatmulEpilogue::Bias)
         bias_forward(out, x.bias, static_cast<int64_t>(key.n), static_cast<int64_t>(key.m), gpu);
     if (key.epilogue == MatmulEpilogue::GeluBias) gelu_forward(out, x.pre_gelu_out, key.m * key.n, gpu);
     if (key.epilogue == MatmulEpilogue::Dgelu) gelu_backward(out, out, x.pre_gelu, key.m * key.n, gpu);
+    return status;
+}
+
+inline void run_plan(MatmulPlan& plan, const MatmulOperands& x, Gpu& gpu) {
+    const cublasStatus_t status = start_plan(plan, x, gpu);
+    if (status != CUBLAS_STATUS_SUCCESS)
+        fatal("matmul plan %s: cublasLtMatmul failed: %s", plan.text().c_str(),
+              cublasLtGetStatusString(status));
+}
+
+// Whether the plan runs, found by running it to its end. A CUDA error that stays ends the program: nothing
+// after it could be trusted.
+inline bool try_plan(MatmulPlan& plan, const MatmulOperands& x, Gpu& gpu) {
+    const cublasStatus_t status = start_plan(plan, x, gpu);
+    const cudaError_t error = cudaStreamSynchronize(gpu.stream);
+    if (status == CUBLAS_STATUS_SUCCESS && error == cudaSuccess) return true;
+    cudaGetLastError();  // forgotten, so that the next check isn't told of it
+    const cudaError_t stays = cudaStreamSynchronize(gpu.stream);
+    if (stays != cudaSuccess)
+        fatal("matmul plan %s failed: %s (%s)", plan.text().c_str(), cudaGetErrorName(stays),
+              cudaGetErrorString(stays));
+    return false;
 }
 
 // ---- candidates and their measurement ---------------------------------------------------------------------
 
 struct MatmulTuning {
-    bool measure = true;                                   // or take the heuristic's first
+    bool measure = true;                                   // or take the heuristic's first, untried
     bool fuse_gelu = true;                                 // see below
     int candidates = 32;                                   // algorithms timed, of each way to do the epilogue
     size_t workspace_bytes = SIZE_MAX;                     // at most, of the Gpu's
@@ -195,9 +236,9 @@ struct MatmulTuning {
 // backward computes gelu_forward(pre_gelu) again instead of keeping the result, only an unfused forward gives
 // the same bits: fuse_gelu false.
 
-// The heuristic's algorithms for a product, best guess first, as settings that make_plan can take.
-inline std::vector<MatmulSettings> heuristic_settings(const MatmulKey& key, bool fused, int count,
-                                                      size_t workspace_bytes, const Gpu& gpu) {
+// The heuristic's algorithms for a product, best guess first; none where it fails, for whatever reason.
+inline std::vector<MatmulAlgorithm> heuristic_algorithms(const MatmulKey& key, bool fused, int count,
+                                                         size_t workspace_bytes, const Gpu& gpu) {
     cublasLtMatmulPreference_t made = nullptr;
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&made));
     MatmulPreference preference(made);
@@ -222,9 +263,8 @@ inline std::vector<MatmulSettings> heuristic_settings(const MatmulKey& key, bool
     const cublasStatus_t status =
         cublasLtMatmulAlgoGetHeuristic(gpu.cublaslt, t.operation.get(), t.a.get(), t.b.get(), t.d.get(),
                                        t.d.get(), made, wanted, results.get(), &found);
-    if (status == CUBLAS_STATUS_NOT_SUPPORTED) return {};
-    CUBLAS_CHECK(status);
-    std::vector<MatmulSettings> all;
+    if (status != CUBLAS_STATUS_SUCCESS) return {};
+    std::vector<MatmulAlgorithm> all;
     for (int i = 0; i < found; i++) {
         if (results[i].state != CUBLAS_STATUS_SUCCESS) continue;
         MatmulSettings settings;
@@ -234,7 +274,7 @@ inline std::vector<MatmulSettings> heuristic_settings(const MatmulKey& key, bool
                                                      nullptr) != CUBLAS_STATUS_SUCCESS)
                 value = 0;
         });
-        all.push_back(settings);
+        all.push_back({settings, results[i].algo, results[i].workspaceSize});
     }
     return all;
 }
@@ -303,6 +343,16 @@ inline double time_plan_us(MatmulPlan& plan, const MatmulOperands& operands, int
         runs, [&] { run_plan(plan, operands, gpu); }, gpu);
 }
 
+// Runs something until a GPU that stood idle has its clocks up, else what is timed first looks slow: 200 ms,
+// by time_us(runs), the mean of so many runs. Something very short ends before, by the number of its runs.
+template <class Time>
+inline void warm_up(Time time_us) {
+    constexpr double kWarmUs = 200e3;
+    constexpr int kMostRuns = 1024;  // at once
+    double us = 0;
+    for (int runs = 1; runs <= kMostRuns && us < kWarmUs; runs *= 2) us += runs * time_us(runs);
+}
+
 // The first, unless the fastest beats it by more than 2%: less is within a measurement's noise, and staying
 // with the heuristic keeps runs alike.
 inline size_t choose_fastest(const std::vector<double>& us) {
@@ -310,39 +360,45 @@ inline size_t choose_fastest(const std::vector<double>& us) {
     return us[best] < 0.98 * us[0] ? best : 0;
 }
 
-// The index of the plan to use, with its times filled in. Everything is run once and timed once; what isn't
-// hopeless is then timed in rounds, one after the other, so that a clock that changes meets all of them, and
-// medians are compared.
-inline size_t measure_plans(std::vector<MatmulPlan>& plans, const MatmulOperands& operands, Gpu& gpu) {
+// Times of `count` candidates by time_us(i, runs), the mean of so many runs of candidate i. Each is looked at
+// twice, and the better look counts: the other may have met what won't be there again. What isn't hopeless is
+// then timed in rounds, one after the other, so that a clock that changes meets all of them; their medians.
+template <class Time>
+inline std::vector<double> measure_candidates(size_t count, Time time_us) {
     constexpr int kRounds = 5;
-    constexpr double kHopeless = 1.2;  // times the fastest of the first look
-    constexpr double kRoundUs = 2000;  // of each plan in each round: far above the events' resolution
-    std::vector<double> first_look(plans.size());
-    for (size_t i = 0; i < plans.size(); i++) {
-        run_plan(plans[i], operands, gpu);
-        first_look[i] = time_plan_us(plans[i], operands, 1, gpu);
-    }
+    constexpr double kHopeless = 1.2;  // times the fastest of the first looks
+    constexpr double kRoundUs = 2000;  // of each candidate in each round: far above the events' resolution
+    std::vector<double> first_look(count, DBL_MAX);
+    for (int look = 0; look < 2; look++)
+        for (size_t i = 0; i < count; i++) first_look[i] = std::min(first_look[i], time_us(i, 1));
     const double fastest = *std::min_element(first_look.begin(), first_look.end());
-    std::vector<double> us = first_look;
-    std::vector<std::array<double, kRounds>> rounds(plans.size());
+    auto hopeless = [&](size_t i) { return i > 0 && first_look[i] > kHopeless * fastest; };
+    std::vector<std::array<double, kRounds>> rounds(count);
     for (int round = 0; round < kRounds; round++)
-        for (size_t i = 0; i < plans.size(); i++) {
-            if (i > 0 && first_look[i] > kHopeless * fastest) continue;
+        for (size_t i = 0; i < count; i++) {
+            if (hopeless(i)) continue;
             const int runs = static_cast<int>(std::clamp(kRoundUs / std::max(first_look[i], 1.0), 1.0, 50.0));
-            rounds[i][round] = time_plan_us(plans[i], operands, runs, gpu);
+            rounds[i][round] = time_us(i, runs);
         }
-    for (size_t i = 0; i < plans.size(); i++) {
-        if (i > 0 && first_look[i] > kHopeless * fastest) continue;
+    std::vector<double> us = first_look;
+    for (size_t i = 0; i < count; i++) {
+        if (hopeless(i)) continue;
         std::nth_element(rounds[i].begin(), rounds[i].begin() + kRounds / 2, rounds[i].end());
         us[i] = rounds[i][kRounds / 2];
     }
-    const size_t chosen = choose_fastest(us);
+    return us;
+}
+
+// The index of the plan to use, with its times filled in. All of them run: try_plan.
+inline size_t measure_plans(std::vector<MatmulPlan>& plans, const MatmulOperands& operands, Gpu& gpu) {
+    const std::vector<double> us = measure_candidates(
+        plans.size(), [&](size_t i, int runs) { return time_plan_us(plans[i], operands, runs, gpu); });
     for (size_t i = 0; i < plans.size(); i++) {
         plans[i].us = us[i];
         plans[i].first_us = us[0];
         plans[i].candidates = static_cast<int>(plans.size());
     }
-    return chosen;
+    return choose_fastest(us);
 }
 
 // ---- the products of the model ----------------------------------------------------------------------------
@@ -455,10 +511,12 @@ class Matmuls {
             keys.push_back(wgrad_key(C, 4 * C, N, write));
             keys.push_back(wgrad_key(C, Vp, R, write));
         }
-        for (const MatmulKey& key : keys) plan(key, gpu);
+        for (const MatmulKey& key : keys) plan_untold(key, gpu);
+        tell_left_out();
     }
 
-    // Plans as text, a line each: for the log, checkpoints and other ranks.
+    // Plans as text, a line each: for the log, checkpoints and other ranks. One with algo -1 is the library's
+    // own choice, which can't be made again from text: replay() chooses anew, and says so.
     std::vector<std::string> record() const {
         std::vector<std::string> lines;
         for (const auto& [key, plan] : plans_) lines.push_back(plan.text());
@@ -491,6 +549,17 @@ class Matmuls {
 
     // The plan of a product, made now if there is none yet.
     MatmulPlan& plan(const MatmulKey& key, Gpu& gpu) {
+        MatmulPlan& plan = plan_untold(key, gpu);
+        tell_left_out();
+        return plan;
+    }
+
+  private:
+    void product(const MatmulKey& key, const MatmulOperands& operands, Gpu& gpu) {
+        run_plan(plan(key, gpu), operands, gpu);
+    }
+
+    MatmulPlan& plan_untold(const MatmulKey& key, Gpu& gpu) {
         const auto found = plans_.find(key);
         if (found != plans_.end()) return found->second;
         const size_t multiple = kMatmulAlignment / sizeof(floatX);
@@ -506,9 +575,17 @@ class Matmuls {
         return plans_.emplace(key, choose(key, gpu)).first->second;
     }
 
-  private:
-    void product(const MatmulKey& key, const MatmulOperands& operands, Gpu& gpu) {
-        run_plan(plan(key, gpu), operands, gpu);
+    // Said once: a plan must be one that can be written down, so what can't be made again isn't a candidate.
+    void tell_left_out() {
+        if (left_out_ == 0 || std::exchange(told_left_out_, true)) return;
+        const std::string alone =
+            as_they_came_ == 0
+                ? ""
+                : text_of("; products that have no other, and use one for this run only: %zu", as_they_came_);
+        warn(
+            "matmul plans: %zu of the %zu algorithms that cuBLASLt proposes can't be made again from their "
+            "settings and are left out%s",
+            left_out_, proposed_, alone.c_str());
     }
 
     // A recorded plan, else a remembered one, else the best of the candidates.
@@ -530,25 +607,46 @@ class Matmuls {
                 if (auto plan = make_plan(key, *remembered, workspace_bytes, gpu)) return std::move(*plan);
 
         const int count = tuning_.measure ? tuning_.candidates : 1;
-        std::vector<MatmulPlan> plans;
-        auto add = [&](bool fused) {
-            for (const MatmulSettings& settings : heuristic_settings(key, fused, count, workspace_bytes, gpu))
-                if (auto plan = make_plan(key, settings, workspace_bytes, gpu))
-                    plans.push_back(std::move(*plan));
+        std::optional<MatmulTuningMemory> memory;
+        if (tuning_.measure) memory.emplace(key, gpu);
+        auto works = [&](MatmulPlan& plan) {
+            return !memory || !*memory || try_plan(plan, memory->operands(), gpu);
         };
-        if (may_fuse) add(true);
-        // Where the library offers one algorithm it is taken at its word; where it has none, the epilogue is
-        // ours.
-        if (key.epilogue != MatmulEpilogue::None && plans.size() != 1) add(false);
-        if (plans.empty()) fatal("cuBLASLt has no algorithm for product %s", name.c_str());
+        std::vector<MatmulPlan> plans;
+        std::vector<MatmulAlgorithm> left_out;
+        size_t proposed = 0;
+        auto propose = [&](bool fused) {
+            for (const MatmulAlgorithm& given :
+                 heuristic_algorithms(key, fused, count, workspace_bytes, gpu)) {
+                proposed++;
+                auto plan = make_plan(key, given.settings, workspace_bytes, gpu);
+                if (!plan) left_out.push_back(given);
+                else if (works(*plan)) plans.push_back(std::move(*plan));
+            }
+        };
+        if (may_fuse) propose(true);
+        // The epilogue in a kernel of ours is another way, and the only one where the library's own fail.
+        // Where the library offers one algorithm, and it works, there is nothing to choose.
+        if (key.epilogue != MatmulEpilogue::None && (proposed != 1 || plans.empty())) propose(false);
+        proposed_ += proposed, left_out_ += left_out.size();
+        if (plans.empty())
+            for (const MatmulAlgorithm& given : left_out) {
+                MatmulPlan plan = plan_as_it_came(key, given);
+                if (!works(plan)) continue;
+                as_they_came_++;
+                return plan;
+            }
+        if (plans.empty())
+            fatal("product %s: cuBLASLt proposes %zu algorithms, and none works", name.c_str(), proposed);
         if (!tuning_.measure || plans.size() == 1) return std::move(plans[0]);
 
-        const MatmulTuningMemory memory(key, gpu);
-        if (!memory) {
+        if (!*memory) {
             warn("no memory to measure product %s; the heuristic's first algorithm is used", name.c_str());
             return std::move(plans[0]);
         }
-        const size_t chosen = measure_plans(plans, memory.operands(), gpu);
+        if (!std::exchange(warm_, true))
+            warm_up([&](int runs) { return time_plan_us(plans[0], memory->operands(), runs, gpu); });
+        const size_t chosen = measure_plans(plans, memory->operands(), gpu);
         cache(gpu).remember(name, plans[chosen].settings);
         if (!cache(gpu).save() && !std::exchange(unsaved_, true))
             warn("matmul plans can't be kept in %s; the next run measures again", tuning_.cache_path.c_str());
@@ -574,5 +672,6 @@ class Matmuls {
     std::map<MatmulKey, MatmulPlan> plans_;
     std::map<std::string, MatmulSettings> replayed_;
     std::optional<MatmulCache> cache_;
-    bool unsaved_ = false;  // said once
+    size_t proposed_ = 0, left_out_ = 0, as_they_came_ = 0;  // algorithms, of them not made again; products
+    bool warm_ = false, told_left_out_ = false, unsaved_ = false;
 };

@@ -60,7 +60,7 @@ inline std::string text_of_key(const MatmulKey& key) {
 // ---- how --------------------------------------------------------------------------------------------------
 
 struct MatmulSettings {
-    int32_t algorithm = -1;
+    int32_t algorithm = -1;  // -1: one that can't be made again; plan_as_it_came() of matmul.cuh
     uint32_t tile = 0, stages = 0;
     int32_t split_k = 1;
     uint32_t reduction = 0, swizzle = 0, custom = 0;

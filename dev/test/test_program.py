@@ -651,6 +651,59 @@ def test_recomputed_gelu_is_the_one_of_the_forward_pass(train):
     assert plan.endswith(" fused 0")
 
 
+# ---- what cuBLASLt may do: SIM_CUBLASLT, a letter an algorithm (dev/sim/cublaslt.cpp)
+
+
+def test_algorithms_that_fail_are_dropped(train):
+    """One that is refused only when it is run, fused or not, costs the run nothing."""
+    run = train(tune=1)
+    for letters, algorithm in (("fw", 2), ("fffw", 4)):
+        other = train(tune=1, env={"SIM_CUBLASLT": letters})
+        assert other.err == ""
+        plans = other.kind("run")[0]["plans"]
+        assert all(f" = algo {algorithm} " in plan for plan in plans)
+        assert other.losses == pytest.approx(run.losses, rel=rounding())
+    for letters in ("F", "X"):  # products with a GELU of their own fail, and ours takes their place
+        other = train(tune=1, env={"SIM_CUBLASLT": letters})
+        assert other.err == ""
+        for plan in other.kind("run")[0]["plans"]:
+            assert plan.endswith(f" fused {0 if 'gelu' in plan else 1}")
+        assert other.losses == pytest.approx(run.losses, rel=rounding())
+
+
+def test_no_algorithm_is_left(adamw):
+    """The line says which product, and what became of how many."""
+    for letters, many in (("x", 0), ("f", 2), ("ff", 4)):
+        said = f"{many} algorithms, and none works"
+        adamw.refuses("product nn", "bias", said, env={"SIM_CUBLASLT": letters}, tune=1, creates=True)
+    adamw.refuses("plan nn", "NOT_SUPPORTED", env={"SIM_CUBLASLT": "f"}, tune=0, creates=True)
+
+
+@pytest.mark.parametrize("tune", [0, 1])
+def test_algorithms_that_cannot_be_made_again(train, tune):
+    """They are left out, which the run says once. Where a product has no other it is used, but its plan names
+    none that a later run could trust."""
+    run = train(tune=tune)
+    left_out = train(tune=tune, env={"SIM_CUBLASLT": "wn"})
+    assert left_out.losses == pytest.approx(run.losses, rel=rounding())  # timed, a GELU may be ours or theirs
+    plans = left_out.kind("run")[0]["plans"]
+    assert all(" = algo 1 " in plan for plan in plans)
+    if tune:
+        (line,) = left_out.err.splitlines()
+        assert line.startswith("rank 0: warning: matmul plans: ")
+        assert "can't be made again" in line
+        assert "this run only" not in line
+        left, proposed = (int(word) for word in line.split() if word.isdigit())
+        assert left * 2 == proposed >= 2 * len(plans)
+    else:
+        assert left_out.err == ""  # only the first is asked for
+    alone = train(tune=tune, env={"SIM_CUBLASLT": "n"})
+    assert alone.losses == run.losses
+    (line,) = alone.err.splitlines()
+    assert f"this run only: {len(plans)}" in line
+    assert all(" = algo -1 " in plan for plan in alone.kind("run")[0]["plans"])
+
+
 def test_looking_at_the_model_does_not_change_it(train):
     """Validation and samples use the model's buffers, between two updates."""
     write_tokenizer(train.tmp_path / "tokenizer.bin", VOCABULARY)
