@@ -828,6 +828,7 @@ FAILURES = [
     re.compile(p, re.M)
     for p in (
         r"^FAIL .*$",
+        r"^simulator: .*$",
         r"^\[  FAILED  \] \S+",
         r"^FAILED .*$",
         r"^.*Error: .*$",
