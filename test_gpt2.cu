@@ -1,10 +1,11 @@
 // The whole model against an independent one: PyTorch and transformers in double precision (dev/reference/).
 //
-//     build/sim-fp32-adamw/test_gpt2 [DIR ...]     directories of make_reference.py; default: the committed ones
+//     build/sim-fp32-adamw/test_gpt2 [DIR ...]  directories of make_reference.py; default: the committed ones
 //
-// For each: the set of tensors both ways and their shapes; logits, loss and every gradient elementwise; g-SNR of each
-// block; updates fed with the reference's gradient, every weight elementwise; a training run of its own: loss, norm and rate
-// of each update, the error of each tensor at the end. A row a tensor; exits 1 if anything is beyond its bound.
+// For each: the set of tensors both ways and their shapes; logits, loss and every gradient elementwise; g-SNR
+// of each block; updates fed with the reference's gradient, every weight elementwise; a training run of its
+// own: loss, norm and rate of each update, the error of each tensor at the end. A row a tensor; exits 1 if
+// anything is beyond its bound.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -21,7 +22,7 @@
 #include "llmc/safetensors.h"  // SafetensorsFile
 #include "llmc/schedule.h"     // scheduled_learning_rate
 
-// ---- the reference ---------------------------------------------------------------------------------------------------
+// ---- the reference ---------------------------------------------------------------------------------------
 
 struct Reference {
     std::string dir;
@@ -51,8 +52,8 @@ struct Reference {
     }
     int64_t integer(const char* key) const { return settings.find(key)->integer; }
     double number(const char* key) const { return settings.find(key)->number; }
-    // What storing has moved element i of a tensor by, at most: 2^-11 of it, and where fp16 has no more exponents 2^-25 of
-    // the largest, which lies between 1/2 and 1 times the power of two.
+    // What storing has moved element i of a tensor by, at most: 2^-11 of it, and where fp16 has no more
+    // exponents 2^-25 of the largest, which lies between 1/2 and 1 times the power of two.
     double storage_error(const std::string& name, float x, float largest) const {
         return halves.count(name) == 0 ? 0 : 0x1p-11 * std::fabs(x) + 0x1p-24 * std::fabs(largest);
     }
@@ -65,12 +66,12 @@ struct Reference {
     }
 };
 
-// ---- comparing -------------------------------------------------------------------------------------------------------
+// ---- comparing -------------------------------------------------------------------------------------------
 
-// How far rounding may take a result. Each of the `ops` operations between the weights and a value adds errors of
-// u x (size) x sqrt(length): u the unit roundoff of what is stored and length 1, or of the fp32 sums and their length,
-// whichever is larger. Errors of different operations add up like a random walk. Of 10^6 normal deviates the largest is
-// about 5; 6 leaves room for the distribution's tails.
+// How far rounding may take a result. Each of the `ops` operations between the weights and a value adds
+// errors of u x (size) x sqrt(length): u the unit roundoff of what is stored and length 1, or of the fp32
+// sums and their length, whichever is larger. Errors of different operations add up like a random walk. Of
+// 10^6 normal deviates the largest is about 5; 6 leaves room for the distribution's tails.
 static double rounding(const Gpt2& model) {
     const ModelShape& s = model.config.shape;
     const double ops = 10.0 * s.layers + 5;
@@ -91,9 +92,9 @@ struct Rows {
         return ok;
     }
 
-    // Elementwise: |got - want| <= bound (rms + |want|), stored[i] of the difference not counted. rms is that of the
-    // tensor, or of the element's row (`cols` elements) where that is larger: rows of wte's gradient differ as much as
-    // their tokens' counts do, and an element near zero is still a sum of its row's terms.
+    // Elementwise: |got - want| <= bound (rms + |want|), stored[i] of the difference not counted. rms is that
+    // of the tensor, or of the element's row (`cols` elements) where that is larger: rows of wte's gradient
+    // differ as much as their tokens' counts do, and an element near zero is still a sum of its row's terms.
     void compare(const std::string& what, const std::vector<float>& got, const std::vector<float>& want,
                  double bound, const std::vector<double>& stored = {}, size_t cols = 0) {
         if (got.size() != want.size()) {
@@ -119,8 +120,9 @@ struct Rows {
     }
 };
 
-// Gradients of the K third of the qkv bias are zero but for rounding: softmax doesn't see what is added to a whole row
-// of scores. AdamW makes full steps of that noise, so trajectories leave the third out; nothing else.
+// Gradients of the K third of the qkv bias are zero but for rounding: softmax doesn't see what is added to a
+// whole row of scores. AdamW makes full steps of that noise, so trajectories leave the third out; nothing
+// else.
 static std::vector<float> without_key_bias(const std::string& name, std::vector<float> x) {
     if (name.ends_with("attn.c_attn.bias")) x.erase(x.begin() + x.size() / 3, x.begin() + 2 * (x.size() / 3));
     return x;
@@ -132,7 +134,7 @@ static double norm_of(const std::vector<float>& x) {
     return std::sqrt(squares);
 }
 
-// ---- the model under test --------------------------------------------------------------------------------------------
+// ---- the model under test --------------------------------------------------------------------------------
 
 // A model loaded from the reference's directory, with what a training step needs.
 struct Subject {
@@ -214,14 +216,15 @@ static void check_rounded(Rows& rows, Subject& s, const TensorBlock& b) {
     rows.row("weights are the rounded master: " + b.hf_name, same ? 0 : 1, 0);
 }
 
-// How far a run's changes may lie from the reference's, over their norm. SGD is linear in the gradient, so its error is the
-// gradient's. AdamW divides by the gradient's size: an element whose gradient is below the rounding error e takes a step of
-// any sign, and a fraction of about e of the elements is; errors of up to twice the step there make 2 sqrt(e) of the norm.
+// How far a run's changes may lie from the reference's, over their norm. SGD is linear in the gradient, so
+// its error is the gradient's. AdamW divides by the gradient's size: an element whose gradient is below the
+// rounding error e takes a step of any sign, and a fraction of about e of the elements is; errors of up to
+// twice the step there make 2 sqrt(e) of the norm.
 static double run_bound(double rounding) {
     return std::string(Optimizer::kAxisName) == "adamw" ? 2 * std::sqrt(rounding) : rounding;
 }
 
-// ---- tests -----------------------------------------------------------------------------------------------------------
+// ---- tests -----------------------------------------------------------------------------------------------
 
 // Every tensor of ours is in the reference with its shape, and nothing else is.
 static void test_names(Rows& rows, Subject& s) {
@@ -270,8 +273,9 @@ static void test_gradients(Rows& rows, Subject& s) {
     }
 }
 
-// Updates fed with the reference's gradient: g-SNR of each block, and the weights elementwise. Optimizers are fp32 in every
-// build: an update is about 16 operations, each right to 2^-24 of the weight or of what it is changed by.
+// Updates fed with the reference's gradient: g-SNR of each block, and the weights elementwise. Optimizers are
+// fp32 in every build: an update is about 16 operations, each right to 2^-24 of the weight or of what it is
+// changed by.
 static void test_fed(Rows& rows, Subject& s, const std::string& variant, const Optimizer::Options& options) {
     Optimizer optimizer(options, s.model.table.blocks(), s.gpu);
     s.restart();
@@ -311,7 +315,8 @@ static void test_fed(Rows& rows, Subject& s, const std::string& variant, const O
     }
 }
 
-// A run of its own: loss, norm and rate of each update, then the error of each tensor over what the run changed it by.
+// A run of its own: loss, norm and rate of each update, then the error of each tensor over what the run
+// changed it by.
 static void test_run(Rows& rows, Subject& s, const std::string& variant, const Optimizer::Options& options) {
     const Reference& r = s.reference;
     const Gpt2Config& c = s.model.config;
@@ -338,7 +343,8 @@ static void test_run(Rows& rows, Subject& s, const std::string& variant, const O
         losses.push_back(state.loss);
         norms.push_back(static_cast<float>(state.grad_norm));
     }
-    // Errors of an update's weights go into the next one's gradients: they grow at most in proportion to the updates.
+    // Errors of an update's weights go into the next one's gradients: they grow at most in proportion to the
+    // updates.
     const double bound = rounding(s.model);
     rows.compare("run " + variant + " losses", losses, r.at("run." + variant + ".loss"), bound);
     rows.compare("run " + variant + " gradient norms", norms, r.at("run." + variant + ".grad_norm"), bound);

@@ -30,13 +30,14 @@ extern const char kBuildCommit[];  // build/commit.cpp
 // This many updates skipped in a row are no accident: the run has diverged or its data is broken.
 constexpr int kMaxSkippedInARow = 10;
 
-// Of --profile: first updates, which make plans and graphs. Then come so many as in training, and as many timed.
+// Of --profile: first updates, which make plans and graphs. Then come so many as in training, and as many
+// timed.
 constexpr int64_t kProfileWarmUp = 3;
 static int64_t updates_of(const Options& o) {
     return o.profile > 0 ? kProfileWarmUp + 2 * o.profile : o.steps;
 }
 
-// ---- set-up ----------------------------------------------------------------------------------------------------------
+// ---- set-up ----------------------------------------------------------------------------------------------
 
 // Where the weights come from, and the shape that follows: the flags, or the model of --init-from.
 static Gpt2Config gpt2_config(Options& o) {
@@ -58,7 +59,8 @@ static std::unique_ptr<ValLoader> val_loader(const Options& o) {
         LoaderConfig{"--val-data", o.val_data, o.vocab_size, o.batch_size, o.seq_len}, o.val_sequences);
 }
 
-// The table beside the shards. Fatal where no sample could be written: better now than after a thousand steps.
+// The table beside the shards. Fatal where no sample could be written: better now than after a thousand
+// steps.
 static std::unique_ptr<Tokenizer> sample_tokenizer(const Options& o) {
     if (o.sample_every == 0) return nullptr;
     const std::string path = std::filesystem::path(o.train_data).replace_filename("tokenizer.bin").string();
@@ -69,8 +71,9 @@ static std::unique_ptr<Tokenizer> sample_tokenizer(const Options& o) {
     return tokenizer;
 }
 
-// Plans are measured while the GPU's memory is still free. A product that applies GELU itself applies it to the unrounded
-// sum, which recomputing from the kept tensor can't repeat to the bit: --recompute gelu-layernorm goes without.
+// Plans are measured while the GPU's memory is still free. A product that applies GELU itself applies it to
+// the unrounded sum, which recomputing from the kept tensor can't repeat to the bit: --recompute
+// gelu-layernorm goes without.
 static Matmuls prepared_matmuls(const Options& o, const Gpt2Config& config, Gpu& gpu) {
     Matmuls matmuls(
         {.measure = o.tune, .fuse_gelu = o.tune && config.recompute != Recompute::gelu_layernorm});
@@ -84,9 +87,10 @@ static Matmuls prepared_matmuls(const Options& o, const Gpt2Config& config, Gpu&
     return matmuls;
 }
 
-// ---- a run -----------------------------------------------------------------------------------------------------------
+// ---- a run -----------------------------------------------------------------------------------------------
 
-// Everything that a run has, made in the order in which mistakes are cheapest to find: data and log before weights.
+// Everything that a run has, made in the order in which mistakes are cheapest to find: data and log before
+// weights.
 struct Run {
     const Options& o;
     Gpu& gpu;
@@ -300,8 +304,9 @@ void Run::tell_speed() {
                    mfu.c_str());
 }
 
-// The last records, and the program's exit status. A run that diverged, or applied nothing, fails; its weights, which
-// are those of the last applied update, are saved all the same. So are those of a run that a signal ended.
+// The last records, and the program's exit status. A run that diverged, or applied nothing, fails; its
+// weights, which are those of the last applied update, are saved all the same. So are those of a run that a
+// signal ended.
 int Run::finish(int64_t step) {
     save(step);
     tell_speed();
@@ -346,7 +351,8 @@ int main(int argc, char** argv) {
         const bool validate = run.val_data && (last || (o.val_every > 0 && step % o.val_every == 0));
         const bool sample = run.tokenizer && (last || (step > 0 && step % o.sample_every == 0));
 
-        // Once in a while: look at the model. What the last update did is told first, so that the log is in order.
+        // Once in a while: look at the model. What the last update did is told first, so that the log is in
+        // order.
         if (validate || sample || stop)
             if (const auto result = run.trainer.flush()) run.tell(*result);
         if (validate) run.validate(step);

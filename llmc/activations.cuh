@@ -1,5 +1,6 @@
-// The activations of GPT-2, declared once: a row a tensor, with its type and until when it is kept for backward. What
-// --recompute does is in this table's last column, and in `Gpt2::backward`, which computes again what wasn't kept.
+// The activations of GPT-2, declared once: a row a tensor, with its type and until when it is kept for
+// backward. What --recompute does is in this table's last column, and in `Gpt2::backward`, which computes
+// again what wasn't kept.
 //
 // Host only: sizes and pointers, no kernel.
 #pragma once
@@ -8,8 +9,8 @@
 #include "llmc/gpu.cuh"    // floatX
 #include "llmc/tensors.h"  // Scope
 
-// What backward computes again instead of keeping it: nothing; the outputs of the two layernorms and of GELU, from their
-// inputs and statistics; or all of a block, from the residual stream that entered it.
+// What backward computes again instead of keeping it: nothing; the outputs of the two layernorms and of GELU,
+// from their inputs and statistics; or all of a block, from the residual stream that entered it.
 enum class Recompute { none, gelu_layernorm, block };
 
 inline Recompute recompute_of(const std::string& name) {
@@ -19,7 +20,8 @@ inline Recompute recompute_of(const std::string& name) {
     fatal("--recompute %s: wanted none, gelu-layernorm or block", name.c_str());
 }
 
-// A tensor is kept for every layer while the run's Recompute is at most this; beyond, all layers share one buffer.
+// A tensor is kept for every layer while the run's Recompute is at most this; beyond, all layers share one
+// buffer.
 enum class KeptUpTo { none, gelu_layernorm, block };
 
 // Rows and columns in terms of N = B T, C, B, T, NH. Gradient tensors (d + name) are of one layer at a time.

@@ -18,7 +18,7 @@
 #include "llmc/options.h"   // ::Options
 #include "llmc/update.cuh"  // Update, StateTensor, GainReport
 
-// ---- kernels ----------------------------------------------------------------------------------------------
+// ---- kernels ---------------------------------------------------------------------------------------------
 
 // What depends on t, in double until it is rounded once.
 struct AdamWFactors {
@@ -76,7 +76,7 @@ __global__ __launch_bounds__(kChunkThreads) void adamw_update_kernel(
     }
 }
 
-// ---- host -------------------------------------------------------------------------------------------------
+// ---- host ------------------------------------------------------------------------------------------------
 
 // One update of all chunks, unless the step is skipped: then nothing changes.
 //   weights, master, m, v (Np) written (+ read), by the arena's offsets; factors (1) scratch. Async on

@@ -54,7 +54,7 @@ inline constexpr int kTileKeys = 64;  // keys that come by one cp.async group: t
 
 using ColumnSums = PartialColumnSums<kWarps>;
 
-// ---- by key blocks: dK, dV, and in the walked scheme dQ ---------------------------------------------------
+// ---- by key blocks: dK, dV, and in the walked scheme dQ --------------------------------------------------
 
 struct QueryStep {
     Tile<kStepQueries> q, d_o;
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_keys_kernel(Ba
     backward_key_block<false>(a, block, s, nullptr, nullptr);
 }
 
-// ---- by query blocks: dQ in the split scheme --------------------------------------------------------------
+// ---- by query blocks: dQ in the split scheme -------------------------------------------------------------
 
 struct QueryBlockShared {  // 74 KB: two blocks an SM on A100 and H100
     Tile<kBlockRows> q, d_o;
@@ -380,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_queries_kernel
     store_column_sums(a.bias_row(kQuery, head, block), dq, kScale, s.columns);
 }
 
-// ---- bias -------------------------------------------------------------------------------------------------
+// ---- bias ------------------------------------------------------------------------------------------------
 
 // A warp reads 128 bytes of a row, eight warps eight rows at a time.
 inline constexpr int kBiasColumns = 32, kBiasRows = 8;
@@ -417,7 +417,7 @@ __global__ void __launch_bounds__(kBiasColumns)
     partial[static_cast<size_t>(blockIdx.x) * width + column] = sum;
 }
 
-// ---- host -------------------------------------------------------------------------------------------------
+// ---- host ------------------------------------------------------------------------------------------------
 
 // How many of `heads` heads are walked by `resident` blocks; the others are split. A wave of walked heads
 // takes 5 units however full it is; split, the same heads take 6 times the share of the wave that they fill.

@@ -79,7 +79,7 @@ __device__ inline void start_scores(float (&scores)[1][8][4], const Tile<kRows>&
     ptx::wgmma_commit();
 }
 
-// ---- by query blocks: dQ ----------------------------------------------------------------------------------
+// ---- by query blocks: dQ ---------------------------------------------------------------------------------
 
 struct QueryBlockSm90Shared {  // 98 KB: two blocks an SM; every tile starts on a 1024-byte boundary
     Tile<kBlockRows> q, d_o;
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 2)
     store_column_sums(a.bias_row(kQuery, head, block), dq, kScale, s.columns);
 }
 
-// ---- by key blocks: dK and dV -----------------------------------------------------------------------------
+// ---- by key blocks: dK and dV ----------------------------------------------------------------------------
 
 struct QueryStage {
     Tile<kWarpgroupKeys> q, d_o;

@@ -110,8 +110,8 @@ struct Ring {
         ptx::mbarrier_arrive_expect(&full[tile % kStages], bytes);
         return &full[tile % kStages];
     }
-    // Whether, in the step of `tile`, this thread is to load tile + kAhead. The first kStages of all `tiles` are
-    // loaded before the first step.
+    // Whether, in the step of `tile`, this thread is to load tile + kAhead. The first kStages of all `tiles`
+    // are loaded before the first step.
     __device__ static bool loads_ahead(int tile, int tiles) {
         return threadIdx.x == 0 && tile + kAhead >= kStages && tile + kAhead < tiles;
     }

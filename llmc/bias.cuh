@@ -14,7 +14,7 @@
 #include "llmc/reduce.cuh"  // kWarpSize
 #include "llmc/vec.cuh"     // x128
 
-// ---- tiles ------------------------------------------------------------------------------------------------
+// ---- tiles -----------------------------------------------------------------------------------------------
 
 inline constexpr int kBiasWarps = 8;  // of a block, each on rows of its own
 inline constexpr int kBiasThreads = kBiasWarps * kWarpSize;
@@ -29,7 +29,7 @@ inline int64_t bias_backward_slices(int64_t rows, int64_t cols) {
     return std::min(wanted, ceil_div(rows, kBiasWarps * kBiasUnroll));
 }
 
-// ---- kernels ----------------------------------------------------------------------------------------------
+// ---- kernels ---------------------------------------------------------------------------------------------
 
 // One pack a thread. out (rows, cols), n = rows cols / x128::size packs.
 __global__ void bias_forward_kernel(floatX* out, const floatX* bias, int64_t cols, int64_t n) {
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kBiasFinishRows* kWarpSize)
     dbias[column] = write == Write::Add ? dbias[column] + total : total;
 }
 
-// ---- host -------------------------------------------------------------------------------------------------
+// ---- host ------------------------------------------------------------------------------------------------
 
 // out (rows, cols) += bias (cols), rounded again. Requires cols % x128::size == 0. Async on gpu.stream,
 // deterministic.

@@ -110,7 +110,7 @@ struct RowResult {
     }
 };
 
-// ---- short rows: a warp or 8 lanes a row, the row in registers --------------------------------------------
+// ---- short rows: a warp or 8 lanes a row, the row in registers -------------------------------------------
 
 // Lane l of a row's kLanes holds packs l, l + kLanes, ..., kPacks of them. The lane that holds the target
 // writes the loss: no lane reads memory that another one overwrites.
@@ -151,7 +151,7 @@ __global__ __launch_bounds__(kClassifierShortThreads,
     }
 }
 
-// ---- long rows: a block a row, the row in shared memory ---------------------------------------------------
+// ---- long rows: a block a row, the row in shared memory --------------------------------------------------
 
 template <int kThreads, int kHeldPacks>
 struct ClassifierShared {
@@ -217,7 +217,7 @@ __global__ __launch_bounds__(kThreads, 1024 / kThreads) void classifier_block_ke
     }
 }
 
-// ---- the mean of the losses -------------------------------------------------------------------------------
+// ---- the mean of the losses ------------------------------------------------------------------------------
 
 inline constexpr int kLossMeanThreads = 256;
 struct LossMeanShared {
@@ -239,7 +239,7 @@ __global__ __launch_bounds__(kLossMeanThreads) void loss_mean_kernel(float* loss
     if (threadIdx.x == 0) *loss = (add ? *loss : 0.0f) + static_cast<float>(sum * static_cast<double>(scale));
 }
 
-// ---- host -------------------------------------------------------------------------------------------------
+// ---- host ------------------------------------------------------------------------------------------------
 
 // losses = cross-entropy of each row; with LossAndGradient, logits = dlogits in place, scaled by dloss_scale,
 // pad columns 0. With LossOnly logits stay as they are.

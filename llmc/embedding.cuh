@@ -4,8 +4,8 @@
 // Rows are (C) of floatX, gradients fp32. Nothing is saved but the tokens.
 //
 // The backward pass is deterministic and has no atomics, although many positions share a token. The host
-// sorts the positions by token (sort_positions() of dataloader.h); the sorted list is cut into segments of 32, whose warps add
-// up runs of equal tokens in order:
+// sorts the positions by token (sort_positions() of dataloader.h); the sorted list is cut into segments of
+// 32, whose warps add up runs of equal tokens in order:
 //
 //     tokens, sorted   | 3 3 3 7 | 7 7 7 7 | 7 9 9 9 | 9 9 9 9 |      (segments of 4 here)
 //     added at once      3                         (none: 9 goes on)
@@ -40,7 +40,7 @@ __device__ inline void write_columns(float* out, const float (&sum)[x128::size],
     }
 }
 
-// ---- kernels ----------------------------------------------------------------------------------------------
+// ---- kernels ---------------------------------------------------------------------------------------------
 
 // A warp a row.
 __global__ __launch_bounds__(kEmbeddingThreads) void embedding_forward_kernel(floatX* out, const int* tokens,
@@ -162,7 +162,7 @@ __global__ __launch_bounds__(kEmbeddingMergeWarps* kWarpSize) void embedding_bac
     store128(out, total);
 }
 
-// ---- host -------------------------------------------------------------------------------------------------
+// ---- host ------------------------------------------------------------------------------------------------
 
 // out[b, t] = wte[tokens[b, t]] + wpe[t], rounded once.
 //   out (B, T, C) written; tokens (B, T), each a row of wte (Vp, C), and wpe (T or more, C) read; no
@@ -182,8 +182,8 @@ inline size_t embedding_backward_scratch_floats(int64_t n, int C) {
 // dwte[v] += the rows of dout whose token is v; dwpe = or += dout summed over B.
 //   dwte (Vp, C) read and written, where a token occurs; dwpe (P, C), P >= T, written: with Write::Assign
 //   rows from T on become 0, with Write::Add they stay. scratch of embedding_backward_scratch_floats(B T, C);
-//   dout (B, T, C), tokens (B, T) and order (B T), their sort_positions(), read. C a multiple of x128::size, B
-//   T < 2^31. Async on gpu.stream, deterministic: the bits depend on the tokens and shapes alone.
+//   dout (B, T, C), tokens (B, T) and order (B T), their sort_positions(), read. C a multiple of x128::size,
+//   B T < 2^31. Async on gpu.stream, deterministic: the bits depend on the tokens and shapes alone.
 inline void embedding_backward(float* dwte, float* dwpe, float* scratch, const floatX* dout,
                                const int* tokens, const int* order, int B, int T, int P, int C,
                                Write write_wpe, Gpu& gpu) {

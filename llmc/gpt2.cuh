@@ -1,12 +1,14 @@
-// GPT-2: parameters, activations, forward, backward, update. No kernel is written here; it reads like the architecture.
+// GPT-2: parameters, activations, forward, backward, update. No kernel is written here; it reads like the
+// architecture.
 //
 //     x_0     = wte[token] + wpe[t]
 //     x'_l    = x_l  + proj(attention(layernorm_1(x_l)))
 //     x_{l+1} = x'_l + proj(gelu(fc(layernorm_2(x'_l))))         l = 0 .. L - 1
-//     logits  = layernorm_f(x_L) wte^T,   loss = -log softmax(logits)[target], averaged over the tokens of an update
+//     logits  = layernorm_f(x_L) wte^T,   loss = -log softmax(logits)[target], the mean of an update's tokens
 //
-// A residual sum and the layernorm that follows it are one kernel, so the norm that opens block l + 1 is computed at the
-// end of block l. Source: Radford et al. 2019, "Language models are unsupervised multitask learners", section 2.3.
+// A residual sum and the layernorm that follows it are one kernel, so the norm that opens block l + 1 is
+// computed at the end of block l. Source: Radford et al. 2019, "Language models are unsupervised multitask
+// learners", section 2.3.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -32,8 +34,8 @@ struct Gpt2Config {
     Recompute recompute = Recompute::none;
 };
 
-// Rows of logits that exist at once: at 16K rows the head's products still run at full speed, and V = 50304 columns of
-// bf16 take 1.5 GiB instead of 6.1 at 64K tokens.
+// Rows of logits that exist at once: at 16K rows the head's products still run at full speed, and V = 50304
+// columns of bf16 take 1.5 GiB instead of 6.1 at 64K tokens.
 inline constexpr int64_t kMaxLogitRows = 16384;
 
 inline int64_t logit_rows(int64_t rows) { return ceil_div(rows, ceil_div(rows, kMaxLogitRows)); }
@@ -85,7 +87,7 @@ class Gpt2 {
         for (cudaEvent_t event : staged_) cudaEventDestroy(event);
     }
 
-    // ---- arenas, for the optimizer, checkpoints and tests; Np elements each ------------------------------------------
+    // ---- arenas, for the optimizer, checkpoints and tests; Np elements each ------------------------------
 
     floatX* weights_arena() { return weights_.get(); }
     float* master_arena() { return kOneArena ? reinterpret_cast<float*>(weights_.get()) : master_.get(); }
@@ -93,7 +95,7 @@ class Gpt2 {
     const float* loss() const { return loss_.get(); }
     const floatX* logits() const { return logits_.get(); }
 
-    // ---- weights -----------------------------------------------------------------------------------------------------
+    // ---- weights -----------------------------------------------------------------------------------------
 
     void initialise_weights(uint64_t seed) { initialise(weights_.get(), master_arena(), table, seed, gpu_); }
 
@@ -113,10 +115,11 @@ class Gpt2 {
         gpu_.synchronize();
     }
 
-    // ---- a micro-step ------------------------------------------------------------------------------------------------
+    // ---- a micro-step ------------------------------------------------------------------------------------
 
-    // Pinned memory for the next batch, (B, T) each; waits until the copy before the last has left it. A loader fills
-    // it, then upload() sends it: inputs, targets, and the positions sorted by input token (sort_positions()).
+    // Pinned memory for the next batch, (B, T) each; waits until the copy before the last has left it. A
+    // loader fills it, then upload() sends it: inputs, targets, and the positions sorted by input token
+    // (sort_positions()).
     Batch staging() {
         turn_ ^= 1;
         CUDA_CHECK(cudaEventSynchronize(staged_[turn_]));
@@ -132,15 +135,17 @@ class Gpt2 {
         CUDA_CHECK(cudaEventRecord(staged_[turn_], gpu_.stream));
     }
 
-    // Forward and backward of the uploaded batch. Gradients and loss = (Write::Assign, an update's first micro-step) or
-    // += what this batch gives, each token counting `token_weight` (1 over the tokens of the update). Async.
+    // Forward and backward of the uploaded batch. Gradients and loss = (Write::Assign, an update's first
+    // micro-step) or += what this batch gives, each token counting `token_weight` (1 over the tokens of the
+    // update). Async.
     void micro_step(Write write, float token_weight) {
         forward(config.batch_size);
         head(write, token_weight);
         backward(write);
     }
 
-    // loss = or += token_weight * (summed loss of the first `sequences` sequences of the uploaded batch). Async.
+    // loss = or += token_weight * (summed loss of the first `sequences` sequences of the uploaded batch).
+    // Async.
     void validate(int sequences, Write write, float token_weight) {
         forward(config.batch_size);
         const int64_t rows = static_cast<int64_t>(sequences) * config.seq_len;
@@ -160,8 +165,9 @@ class Gpt2 {
         upload();
         forward(1);
         const size_t last = tokens_cpu.size() - 1;
-        matmuls_.head_forward({.out = logits_.get(), .inp = act.lnf + last * shape().channels, .weight = weights.wte,
-                               .N = 1, .C = shape().channels, .OC = Vp()}, range(HeadGemms));
+        matmuls_.head_forward({.out = logits_.get(), .inp = act.lnf + last * shape().channels,
+                               .weight = weights.wte, .N = 1, .C = shape().channels, .OC = Vp()},
+                              range(HeadGemms));
     }
 
     Parameters<floatX> weights{};
@@ -170,14 +176,14 @@ class Gpt2 {
     Profile profile;  // of everything here and of the update
 
   private:
-    static constexpr bool kOneArena = std::is_same_v<floatX, float>;  // fp32: the weights are their own master
+    static constexpr bool kOneArena = std::is_same_v<floatX, float>;  // fp32: weights are their own master
 
     const ModelShape& shape() const { return config.shape; }
     int Vp() const { return shape().padded_vocab_size(); }
     using enum Group;
     Profile::Range range(Group group) { return profile.range(group, gpu_); }  // passed on as the Gpu
 
-    // ---- forward -----------------------------------------------------------------------------------------------------
+    // ---- forward -----------------------------------------------------------------------------------------
 
     // The residual stream that enters block l, (B, T, C).
     const floatX* block_input(int l) const { return l == 0 ? act.encoded : act.layer(l - 1).residual3; }
@@ -199,11 +205,11 @@ class Gpt2 {
             if (l + 1 < L) {
                 const Activations next = act.layer(l + 1);
                 const Parameters<floatX> wn = weights.layer(l + 1);
-                residual_layernorm_forward(a.residual3, next.ln1, next.ln1_mean, next.ln1_rstd, a.residual2, act.proj,
-                                           wn.ln1w, wn.ln1b, N, C, range(Layernorm));
+                residual_layernorm_forward(a.residual3, next.ln1, next.ln1_mean, next.ln1_rstd, a.residual2,
+                                           act.proj, wn.ln1w, wn.ln1b, N, C, range(Layernorm));
             } else {
-                residual_layernorm_forward(a.residual3, act.lnf, act.lnf_mean, act.lnf_rstd, a.residual2, act.proj,
-                                           weights.lnfw, weights.lnfb, N, C, range(Layernorm));
+                residual_layernorm_forward(a.residual3, act.lnf, act.lnf_mean, act.lnf_rstd, a.residual2,
+                                           act.proj, weights.lnfw, weights.lnfb, N, C, range(Layernorm));
             }
         }
     }
@@ -220,11 +226,11 @@ class Gpt2 {
                           .N = N, .C = C, .OC = C}, range(BlockGemms));
         residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, block_input(l), act.proj,
                                    w.ln2w, w.ln2b, N, C, range(Layernorm));
-        matmuls_.forward_gelu({.out = a.fch_gelu, .pre_gelu = a.fch, .inp = a.ln2, .weight = w.fcw, .bias = w.fcb,
-                               .N = N, .C = C, .OC = 4 * C}, range(BlockGemms));
+        matmuls_.forward_gelu({.out = a.fch_gelu, .pre_gelu = a.fch, .inp = a.ln2, .weight = w.fcw,
+                               .bias = w.fcb, .N = N, .C = C, .OC = 4 * C}, range(BlockGemms));
     }
 
-    // ---- head --------------------------------------------------------------------------------------------------------
+    // ---- head --------------------------------------------------------------------------------------------
 
     // Calls f(first, rows) for chunks of rows whose logits fit the buffer.
     template <class F>
@@ -233,13 +239,15 @@ class Gpt2 {
         for (int64_t first = 0; first < rows; first += chunk) f(first, std::min(chunk, rows - first));
     }
 
-    // losses of the chunk =; logits of the chunk become their gradient, each token weighing token_weight, if wanted.
+    // losses of the chunk =; logits of the chunk become their gradient, each token weighing token_weight, if
+    // wanted.
     void classify(int64_t first, int64_t rows, float token_weight, ClassifierMode mode) {
         const int n = static_cast<int>(rows);
-        matmuls_.head_forward({.out = logits_.get(), .inp = act.lnf + first * shape().channels, .weight = weights.wte,
-                               .N = n, .C = shape().channels, .OC = Vp()}, range(HeadGemms));
-        classifier(logits_.get(), act.losses + first, targets() + first, token_weight, n, shape().vocab_size, Vp(),
-                   mode, range(Classifier));
+        matmuls_.head_forward({.out = logits_.get(), .inp = act.lnf + first * shape().channels,
+                               .weight = weights.wte, .N = n, .C = shape().channels, .OC = Vp()},
+                              range(HeadGemms));
+        classifier(logits_.get(), act.losses + first, targets() + first, token_weight, n, shape().vocab_size,
+                   Vp(), mode, range(Classifier));
     }
 
     // act.dnorm = gradient of act.lnf; gradients.wte = or +=; loss = or +=.
@@ -254,16 +262,18 @@ class Gpt2 {
                                  .N = n, .C = C, .OC = Vp(), .write = first == 0 ? write : Write::Add},
                                 range(HeadGemms));
         });
-        loss_mean(loss_.get(), act.losses, static_cast<int>(max_tokens()), token_weight, write, range(Classifier));
+        loss_mean(loss_.get(), act.losses, static_cast<int>(max_tokens()), token_weight, write,
+                  range(Classifier));
     }
 
-    // ---- backward ----------------------------------------------------------------------------------------------------
+    // ---- backward ----------------------------------------------------------------------------------------
 
     // All gradients = or += from act.dnorm; those of the residual stream pass through act.dresidual.
     void backward(Write write) {
-        const int B = config.batch_size, T = config.seq_len, C = shape().channels, N = B * T, L = shape().layers;
-        // The bias of a projection onto the residual stream has that stream's gradient summed over its rows; the
-        // layernorm that completes the gradient sums it on the way.
+        const int B = config.batch_size, T = config.seq_len, C = shape().channels, L = shape().layers;
+        const int N = B * T;
+        // The bias of a projection onto the residual stream has that stream's gradient summed over its rows;
+        // the layernorm that completes the gradient sums it on the way.
         layernorm_backward(act.dresidual, {gradients.lnfw, gradients.lnfb, gradients.layer(L - 1).fcprojb},
                            scratch_.get(), act.dnorm, act.layer(L - 1).residual3, weights.lnfw, act.lnf_mean,
                            act.lnf_rstd, N, C, Write::Assign, write, range(Layernorm));
@@ -272,8 +282,8 @@ class Gpt2 {
             mlp_backward(l, write);
             attention_block_backward(l, write);
         }
-        embedding_backward(gradients.wte, gradients.wpe, scratch_.get(), act.dresidual, tokens_.get(), order(), B, T,
-                           shape().positions, C, write, range(Embedding));
+        embedding_backward(gradients.wte, gradients.wpe, scratch_.get(), act.dresidual, tokens_.get(),
+                           order(), B, T, shape().positions, C, write, range(Embedding));
     }
 
     // Brings back what the forward pass of block l did not keep, by the same kernels, so to the same bits.
@@ -282,11 +292,13 @@ class Gpt2 {
         const Activations a = act.layer(l);
         const Parameters<floatX> w = weights.layer(l);
         if (config.recompute == Recompute::none) return;
-        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, block_input(l), w.ln1w, w.ln1b, N, C, range(Layernorm));
+        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, block_input(l), w.ln1w, w.ln1b, N, C,
+                          range(Layernorm));
         if (config.recompute == Recompute::block) {
             block_forward(l, config.batch_size);
         } else {
-            layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b, N, C, range(Layernorm));
+            layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b, N, C,
+                              range(Layernorm));
             gelu_forward(a.fch_gelu, a.fch, static_cast<size_t>(N) * 4 * C, range(Gelu));
         }
     }
@@ -306,13 +318,15 @@ class Gpt2 {
         matmuls_.wgrad({.dweight = d.fcw, .inp = a.ln2, .dout = act.dfch,
                         .N = N, .C = C, .OC = 4 * C, .write = write}, range(BlockGemms));
         bias_backward(d.fcb, scratch_.get(), act.dfch, N, 4 * C, write, range(BiasGradient));
-        layernorm_backward(act.dresidual, {d.ln2w, d.ln2b, d.attprojb}, scratch_.get(), act.dnorm, a.residual2, w.ln2w,
-                           a.ln2_mean, a.ln2_rstd, N, C, Write::Add, write, range(Layernorm));
+        layernorm_backward(act.dresidual, {d.ln2w, d.ln2b, d.attprojb}, scratch_.get(), act.dnorm,
+                           a.residual2, w.ln2w, a.ln2_mean, a.ln2_rstd, N, C, Write::Add, write, range(Layernorm));
     }
 
-    // Through the first half of block l: dresidual, the gradient of residual2, becomes that of the block's input.
+    // Through the first half of block l: dresidual, the gradient of residual2, becomes that of the block's
+    // input.
     void attention_block_backward(int l, Write write) {
-        const int B = config.batch_size, T = config.seq_len, C = shape().channels, N = B * T, NH = shape().heads;
+        const int B = config.batch_size, T = config.seq_len, C = shape().channels, NH = shape().heads;
+        const int N = B * T;
         const Activations a = act.layer(l);
         const Parameters<floatX> w = weights.layer(l);
         const Parameters<float> d = gradients.layer(l);
@@ -320,19 +334,20 @@ class Gpt2 {
                         .N = N, .C = C, .OC = C}, range(BlockGemms));
         matmuls_.wgrad({.dweight = d.attprojw, .inp = a.atty, .dout = act.dresidual,
                         .N = N, .C = C, .OC = C, .write = write}, range(BlockGemms));
-        attention_backward(act.dqkv, d.qkvb, scratch_.get(), act.datty, a.atty, a.qkv, a.att_lse, B, T, NH, write,
-                           range(AttentionBackward));
+        attention_backward(act.dqkv, d.qkvb, scratch_.get(), act.datty, a.atty, a.qkv, a.att_lse, B, T, NH,
+                           write, range(AttentionBackward));
         matmuls_.dgrad({.dinp = act.dnorm, .dout = act.dqkv, .weight = w.qkvw,
                         .N = N, .C = C, .OC = 3 * C}, range(BlockGemms));
         matmuls_.wgrad({.dweight = d.qkvw, .inp = a.ln1, .dout = act.dqkv,
                         .N = N, .C = C, .OC = 3 * C, .write = write}, range(BlockGemms));
         float* projection_bias = l > 0 ? gradients.layer(l - 1).fcprojb : nullptr;  // wte and wpe have none
-        layernorm_backward(act.dresidual, {d.ln1w, d.ln1b, projection_bias}, scratch_.get(), act.dnorm, block_input(l),
-                           w.ln1w, a.ln1_mean, a.ln1_rstd, N, C, Write::Add, write, range(Layernorm));
+        layernorm_backward(act.dresidual, {d.ln1w, d.ln1b, projection_bias}, scratch_.get(), act.dnorm,
+                           block_input(l), w.ln1w, a.ln1_mean, a.ln1_rstd, N, C, Write::Add, write,
+                           range(Layernorm));
     }
 
     // clang-format on
-    // ---- what is owned -----------------------------------------------------------------------------------------------
+    // ---- what is owned ------------------------------------------------------------------------------------
 
     size_t max_tokens() const { return static_cast<size_t>(config.batch_size) * config.seq_len; }
     const int* targets() const { return tokens_.get() + max_tokens(); }

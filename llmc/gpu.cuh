@@ -1,5 +1,5 @@
-// The device as the rest of the program sees it: precision, checks, and `Gpu`, which owns the stream, the cuBLASLt
-// handle and the matmul workspace. In the simulator the same calls are dev/sim's.
+// The device as the rest of the program sees it: precision, checks, and `Gpu`, which owns the stream, the
+// cuBLASLt handle and the matmul workspace. In the simulator the same calls are dev/sim's.
 #pragma once
 #include <algorithm>  // min
 #include <cstddef>
@@ -11,7 +11,7 @@
 #include <cuda_runtime.h>  // cudaStream_t, cudaMalloc, cudaGetDeviceProperties
 #include "llmc/fatal.h"    // fatal
 
-// ---- precision: the only place that chooses --------------------------------------------------------------------------
+// ---- precision: the only place that chooses --------------------------------------------------------------
 
 #if defined(PRECISION_FP32)
 using floatX = float;
@@ -21,10 +21,11 @@ using floatX = __nv_bfloat16;
 inline constexpr const char* kPrecisionName = "bf16";
 #endif
 
-// Whether a kernel's output replaces what was there or adds to it: weight gradients add from the second micro-step on.
+// Whether a kernel's output replaces what was there or adds to it: weight gradients add from the second
+// micro-step on.
 enum class Write { Assign, Add };
 
-// ---- checks ----------------------------------------------------------------------------------------------------------
+// ---- checks ----------------------------------------------------------------------------------------------
 
 inline void check_cuda(cudaError_t status, const char* expression, const char* file, int line) {
     if (status == cudaSuccess) return;
@@ -40,10 +41,10 @@ inline void check_cublas(cublasStatus_t status, const char* expression, const ch
 #define CUDA_CHECK(expression) check_cuda((expression), #expression, __FILE__, __LINE__)
 #define CUBLAS_CHECK(expression) check_cublas((expression), #expression, __FILE__, __LINE__)
 
-// ---- device memory ---------------------------------------------------------------------------------------------------
+// ---- device memory ---------------------------------------------------------------------------------------
 
-// Device memory of n elements of T with an owner; moves, never copies. The error for "does not fit" is the planner's
-// business (tensors.h); one that comes here all the same names the size.
+// Device memory of n elements of T with an owner; moves, never copies. The error for "does not fit" is the
+// planner's business (tensors.h); one that comes here all the same names the size.
 template <class T>
 class DeviceBuffer {
   public:
@@ -113,17 +114,18 @@ class PinnedBuffer {
     size_t n_ = 0;
 };
 
-// ---- the device ------------------------------------------------------------------------------------------------------
+// ---- the device ------------------------------------------------------------------------------------------
 
-// One GPU of this process: device 0 of those that CUDA_VISIBLE_DEVICES shows. Not copied, not moved: kernels take a
-// reference. All work goes to `stream`, in order.
+// One GPU of this process: device 0 of those that CUDA_VISIBLE_DEVICES shows. Not copied, not moved: kernels
+// take a reference. All work goes to `stream`, in order.
 struct Gpu {
     cudaDeviceProp properties{};
     cudaStream_t stream = nullptr;
     cublasLtHandle_t cublaslt = nullptr;
     DeviceBuffer<unsigned char> workspace;  // for cuBLASLt, split-K sums above all: 256 MiB on an 80 GB GPU
 
-    // Errors: no device, or one below compute capability 8.0, ends the program with what was wanted and found.
+    // Errors: no device, or one below compute capability 8.0, ends the program with what was wanted and
+    // found.
     Gpu() {
         int count = 0;
         cudaError_t status = cudaGetDeviceCount(&count);
@@ -149,7 +151,8 @@ struct Gpu {
 
     void synchronize() const { CUDA_CHECK(cudaStreamSynchronize(stream)); }
 
-    // Dense bf16 peak in FLOP/s by the vendor's data sheets (SXM parts), 0 where it isn't known: then no MFU is printed.
+    // Dense bf16 peak in FLOP/s by the vendor's data sheets (SXM parts), 0 where it isn't known: then no MFU
+    // is printed.
     double peak_bf16_flops() const {
         struct Peak {
             const char* name;
@@ -164,7 +167,8 @@ struct Gpu {
     }
 };
 
-// Asynchronous copies on the GPU's stream; n counts elements. Host memory that is not pinned makes them synchronous.
+// Asynchronous copies on the GPU's stream; n counts elements. Host memory that is not pinned makes them
+// synchronous.
 template <class T>
 inline void copy_to_device(T* device, const T* host, size_t n, const Gpu& gpu) {
     CUDA_CHECK(cudaMemcpyAsync(device, host, n * sizeof(T), cudaMemcpyHostToDevice, gpu.stream));

@@ -22,7 +22,7 @@
 #include "llmc/tensors.h"   // TensorBlock, Chunk
 #include "llmc/vec.cuh"     // load128_streaming
 
-// ---- the parameters as the multi-tensor kernels see them --------------------------------------------------
+// ---- the parameters as the multi-tensor kernels see them -------------------------------------------------
 
 // Elements of a CUDA block of the norm, the statistics and the updates: 8 rounds of 256 threads x 16 bytes.
 // Large enough that reading the chunk's record costs nothing, small enough that 124M are a dozen blocks a
@@ -73,7 +73,7 @@ struct DeviceTable {
     size_t bytes() const { return chunks.bytes() + blocks.bytes(); }
 };
 
-// ---- the state of a step ----------------------------------------------------------------------------------
+// ---- the state of a step ---------------------------------------------------------------------------------
 
 // Why a step changed nothing.
 enum class Skip : uint32_t { None, Loss, GradientNorm, ZeroGradient };
@@ -103,7 +103,7 @@ struct StepState {
 };
 static_assert(std::is_trivially_copyable_v<StepState>);
 
-// ---- kernels ----------------------------------------------------------------------------------------------
+// ---- kernels ---------------------------------------------------------------------------------------------
 
 struct SumOfSquaresShared {
     double scratch[kWarpSize];
@@ -155,7 +155,7 @@ __global__ __launch_bounds__(kDecideThreads) void decide_step_kernel(StepState* 
     state->skip = skip;
 }
 
-// ---- host -------------------------------------------------------------------------------------------------
+// ---- host ------------------------------------------------------------------------------------------------
 
 // Writes the step's decisions into *state: grad_norm, loss, clip_factor and skip; applied_updates and
 // gains_ready stay.

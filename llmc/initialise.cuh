@@ -1,6 +1,6 @@
-// GPT-2's initial weights: normal of deviation 0.02, the residual projections' 0.02 / sqrt(2 L), layernorm weights 1,
-// biases 0 (Radford et al. 2019, section 2.3; the deviation is the released code's). Element i of tensor b is a pure
-// function of (seed, b, i), so that neither the launch nor the number of ranks changes it.
+// GPT-2's initial weights: normal of deviation 0.02, the residual projections' 0.02 / sqrt(2 L), layernorm
+// weights 1, biases 0 (Radford et al. 2019, section 2.3; the deviation is the released code's). Element i of
+// tensor b is a pure function of (seed, b, i), so that neither the launch nor the number of ranks changes it.
 #pragma once
 #include <cmath>
 #include "llmc/fatal.h"     // ceil_div
@@ -13,7 +13,8 @@ inline constexpr float kInitDeviation = 0.02f;
 inline constexpr int kInitThreads = 256;
 inline constexpr int kInitPerThread = 4;  // one Philox call yields four words, so four normals
 
-// master (n) = deviation * normal, weights (n) = master rounded. One thread four elements; n is a multiple of 4.
+// master (n) = deviation * normal, weights (n) = master rounded. One thread four elements; n is a multiple of
+// 4.
 __global__ void __launch_bounds__(kInitThreads)
     initialise_normal_kernel(floatX* weights, float* master, size_t n, float deviation, uint64_t seed,
                              uint64_t stream) {
@@ -55,7 +56,8 @@ inline unsigned initialise_grid(size_t n) {
     return static_cast<unsigned>(ceil_div(n, kInitThreads * kInitPerThread));
 }
 
-// weights, master (Np) = the initial weights of `table`'s model; pads 0. In fp32 both may be one arena. Async.
+// weights, master (Np) = the initial weights of `table`'s model; pads 0. In fp32 both may be one arena.
+// Async.
 inline void initialise(floatX* weights, float* master, const TensorTable& table, uint64_t seed, Gpu& gpu) {
     fill_zero(weights, table.padded_parameters(), gpu);
     fill_zero(master, table.padded_parameters(), gpu);

@@ -1,5 +1,6 @@
-// launch(): the only way a kernel is started. It takes the stream from Gpu, so that none can be forgotten, asks for the
-// shared memory that the kernel's struct needs, checks the result, and names kernel and call site in the error.
+// launch(): the only way a kernel is started. It takes the stream from Gpu, so that none can be forgotten,
+// asks for the shared memory that the kernel's struct needs, checks the result, and names kernel and call
+// site in the error.
 //
 //     struct RowSumShared { float partial[32]; };
 //     __global__ void row_sum_kernel(float* out, const float* inp, int C) {
@@ -7,8 +8,9 @@
 //     }
 //     launch<RowSumShared>(row_sum_kernel, {rows, 256}, gpu, out, inp, C);
 //
-// Kernels with no shared memory leave the type out. Triple angle brackets and __shared__ are used nowhere else: so g++
-// parses every file for the simulator, which poisons, bounds and watches what shared<T>() hands out.
+// Kernels with no shared memory leave the type out. Triple angle brackets and __shared__ are used nowhere
+// else: so g++ parses every file for the simulator, which poisons, bounds and watches what shared<T>() hands
+// out.
 #pragma once
 #include <cxxabi.h>  // demangled kernel names in errors
 #include <cstdlib>
@@ -57,8 +59,9 @@ inline std::string kernel_name(const void* kernel) {
     return name.substr(0, name.find('('));
 }
 
-// Starts `kernel` on gpu.stream with sizeof(Shared) bytes of shared memory (none for void). Asynchronous; arguments are
-// converted to the kernel's parameter types. A launch that CUDA refuses is fatal, with the call site.
+// Starts `kernel` on gpu.stream with sizeof(Shared) bytes of shared memory (none for void). Asynchronous;
+// arguments are converted to the kernel's parameter types. A launch that CUDA refuses is fatal, with the call
+// site.
 template <class Shared = void, class... Parameters, class... Arguments>
 inline void launch(void (*kernel)(Parameters...), LaunchShape shape, const Gpu& gpu,
                    Arguments&&... arguments) {

@@ -33,7 +33,7 @@ inline constexpr int kLayernormRowsPerBlock = kThreads <= kWarpSize ? 128 / kThr
 // threads, or spills.
 inline constexpr int kLayernormBackwardRows = 2, kLayernormBackwardThreadsPerSm = 512;
 
-// ---- forward ----------------------------------------------------------------------------------------------
+// ---- forward ---------------------------------------------------------------------------------------------
 
 template <int kThreads>
 struct LayernormShared {
@@ -103,7 +103,7 @@ __global__ __launch_bounds__(kThreads* kLayernormRowsPerBlock<kThreads>) void la
     }
 }
 
-// ---- backward ---------------------------------------------------------------------------------------------
+// ---- backward --------------------------------------------------------------------------------------------
 
 // Sums each of v[0 .. kValues - 1] over the warp with kValues - 1 + log2(32 / kValues) shuffles instead of 5
 // kValues: in each step a lane gives half of its values away and adds the other half of its partner's. The
@@ -239,7 +239,7 @@ __launch_bounds__(kLayernormFinishLanes* kLayernormFinishRows) void layernorm_ba
     store128(out, total);
 }
 
-// ---- host -------------------------------------------------------------------------------------------------
+// ---- host ------------------------------------------------------------------------------------------------
 
 inline void check_layernorm_shape(const char* op, int rows, int C) {
     if (rows < 1 || C < 64 || C % 64 != 0 || C > kLayernormMaxC)

@@ -89,9 +89,9 @@ class Logger {
     // Writes nothing: for the ranks that don't log.
     Logger() = default;
 
-    // Creates output_dir and its parents where they are missing. Fatal where that can't be done or no log could be written
-    // there, or where one is there already: a run never overwrites another. The log itself comes with the first record, so
-    // that a run which fails before can be started again by the same command.
+    // Creates output_dir and its parents where they are missing. Fatal where that can't be done or no log
+    // could be written there, or where one is there already: a run never overwrites another. The log itself
+    // comes with the first record, so that a run which fails before can be started again by the same command.
     explicit Logger(const std::string& output_dir)
         : output_dir_(output_dir), path_(output_dir + "/log.jsonl") {
         std::error_code error;

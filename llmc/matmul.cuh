@@ -36,7 +36,7 @@
 #include "llmc/matmul_plan.h"  // MatmulKey, MatmulSettings, MatmulCache
 #include "llmc/random.cuh"     // philox, uniform_open
 
-// ---- a product's descriptors ------------------------------------------------------------------------------
+// ---- a product's descriptors -----------------------------------------------------------------------------
 
 // Owners of cuBLASLt's objects.
 template <auto destroy>
@@ -109,7 +109,7 @@ struct MatmulDescriptors {
     }
 };
 
-// ---- a plan: one product, ready to run --------------------------------------------------------------------
+// ---- a plan: one product, ready to run -------------------------------------------------------------------
 
 // The epilogue that stays in cuBLASLt's kernel where the plan isn't fused; the rest is a kernel of ours.
 inline MatmulEpilogue plainer(MatmulEpilogue epilogue) {
@@ -223,7 +223,7 @@ inline bool try_plan(MatmulPlan& plan, const MatmulOperands& x, Gpu& gpu) {
     return false;
 }
 
-// ---- candidates and their measurement ---------------------------------------------------------------------
+// ---- candidates and their measurement --------------------------------------------------------------------
 
 struct MatmulTuning {
     bool measure = true;                                   // or take the heuristic's first, untried
@@ -401,7 +401,7 @@ inline size_t measure_plans(std::vector<MatmulPlan>& plans, const MatmulOperands
     return choose_fastest(us);
 }
 
-// ---- the products of the model ----------------------------------------------------------------------------
+// ---- the products of the model ---------------------------------------------------------------------------
 
 // N rows; C, OC the widths of inp and out. All pointers on the device, 16-byte aligned, and not overlapping;
 // C and OC multiples of 8 (bf16) or 4 (fp32). For the head weight is wte (OC, C) and OC = Vp.

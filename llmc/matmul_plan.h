@@ -24,7 +24,7 @@
 #include "llmc/file.h"   // File, text_of
 #include "llmc/gpu.cuh"  // kPrecisionName, Write
 
-// ---- what is computed -------------------------------------------------------------------------------------
+// ---- what is computed ------------------------------------------------------------------------------------
 
 // Operands as cuBLASLt sees them, which reads our row-major tensors as their column-major transposes:
 // D (m, n) = op(A) (m, k) op(B) (k, n). First letter: A as stored (N) or transposed (T); second: B.
@@ -57,7 +57,7 @@ inline std::string text_of_key(const MatmulKey& key) {
                    kEpilogues[static_cast<int>(key.epilogue)], key.write == Write::Add ? "add" : "assign");
 }
 
-// ---- how --------------------------------------------------------------------------------------------------
+// ---- how -------------------------------------------------------------------------------------------------
 
 struct MatmulSettings {
     int32_t algorithm = -1;  // -1: one that can't be made again; plan_as_it_came() of matmul.cuh
@@ -120,7 +120,7 @@ inline bool parse_plan(std::string& key, MatmulSettings& settings, const std::st
     return true;
 }
 
-// ---- the file that remembers ------------------------------------------------------------------------------
+// ---- the file that remembers -----------------------------------------------------------------------------
 
 // Where measured plans are kept between runs; empty, and so nowhere, for a user without a home.
 inline std::string default_matmul_cache_path() {

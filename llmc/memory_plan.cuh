@@ -1,5 +1,5 @@
-// Who needs how much device memory, computed before anything is allocated: printed at start-up, logged, and where it does
-// not fit, what would.
+// Who needs how much device memory, computed before anything is allocated: printed at start-up, logged, and
+// where it does not fit, what would.
 #pragma once
 #include <cstdio>
 #include <string>
@@ -56,7 +56,8 @@ inline int largest_batch(Gpt2Config config, size_t state_bytes, size_t available
     return low;
 }
 
-// What the CUDA context, cuBLASLt's kernels and fragmentation take beside the plan; about what they take on an H100.
+// What the CUDA context, cuBLASLt's kernels and fragmentation take beside the plan; about what they take on
+// an H100.
 inline constexpr size_t kMemoryReserve = size_t{1} << 30;
 
 // Device memory that a plan may use: what is free now and what `gpu` holds already, less the reserve.

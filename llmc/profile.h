@@ -1,10 +1,10 @@
-// Where a step's time goes: a range around each launch, with the name of its kernel group. Profilers (Nsight Systems)
-// always see the ranges, through NVTX; --profile measures them with CUDA events besides.
+// Where a step's time goes: a range around each launch, with the name of its kernel group. Profilers (Nsight
+// Systems) always see the ranges, through NVTX; --profile measures them with CUDA events besides.
 //
 //     attention_forward(atty, lse, qkv, B, T, NH, profile.range(Group::AttentionForward, gpu));
 //
-// A range stands where the Gpu would: it converts to it, and ends with the statement. What is not being measured costs
-// the call of NVTX, some nanoseconds of the host where no profiler is attached.
+// A range stands where the Gpu would: it converts to it, and ends with the statement. What is not being
+// measured costs the call of NVTX, some nanoseconds of the host where no profiler is attached.
 #pragma once
 #include <array>
 #include <cstddef>

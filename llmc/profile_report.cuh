@@ -1,10 +1,12 @@
-// --profile's table: what a step spends in each kernel group, beside the least that this GPU needs for it, its floor:
+// --profile's table: what a step spends in each kernel group, beside the least that this GPU needs for it,
+// its floor:
 //
 //     floor = max(FLOP / rate of a large matrix product, bytes / rate of a large copy)
 //
-// Both rates are measured here, on random numbers, in the same run. FLOP and bytes follow from shapes by formula: the
-// arithmetic of the model (causal attention counted half), and each tensor that a launch reads or writes, once. So a
-// kernel that reads twice what it could read once is at a smaller share of its floor. dev/roofline.py counts the same.
+// Both rates are measured here, on random numbers, in the same run. FLOP and bytes follow from shapes by
+// formula: the arithmetic of the model (causal attention counted half), and each tensor that a launch reads
+// or writes, once. So a kernel that reads twice what it could read once is at a smaller share of its floor.
+// dev/roofline.py counts the same.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -20,7 +22,7 @@
 #include "llmc/matmul.cuh"  // time_plan_us, MatmulTuningMemory
 #include "llmc/profile.h"   // Group, GroupTimes
 
-// ---- ceilings --------------------------------------------------------------------------------------------------------
+// ---- ceilings --------------------------------------------------------------------------------------------
 
 // What this GPU can do, measured.
 struct Ceilings {
@@ -30,8 +32,9 @@ struct Ceilings {
     size_t copy_bytes = 0;
 };
 
-// Sizes double until one run takes a millisecond, far more than a launch, or until the size at which a Hopper is at its
-// best (8192; 1 GiB, beyond any L2) or memory ends: so it takes a fraction of a second on a GPU and on the simulator.
+// Sizes double until one run takes a millisecond, far more than a launch, or until the size at which a Hopper
+// is at its best (8192; 1 GiB, beyond any L2) or memory ends: so it takes a fraction of a second on a GPU and
+// on the simulator.
 inline constexpr double kCeilingSeconds = 1e-3;
 
 inline void measure_product(Ceilings& ceilings, bool tune, Gpu& gpu) {
@@ -79,7 +82,7 @@ inline Ceilings measure_ceilings(bool tune, Gpu& gpu) {
     return ceilings;
 }
 
-// ---- work by formula -------------------------------------------------------------------------------------------------
+// ---- work by formula -------------------------------------------------------------------------------------
 
 struct Work {
     double flop = 0, bytes = 0;
@@ -151,8 +154,8 @@ inline GroupWork elementwise_work(const Gpt2Config& c, const UpdateShape& u) {
     auto work = [&](Group group) -> Work& { return w[static_cast<size_t>(group)]; };
     work(Group::Upload).bytes =
         3 * sizeof(int) * N;  // written once; the link to the host is slower, and no kernel's
-    // Forward reads wte's rows, wpe once, writes x; backward reads dx once, writes dwpe, updates dwte's rows, as many as
-    // differ: at most the vocabulary.
+    // Forward reads wte's rows, wpe once, writes x; backward reads dx once, writes dwpe, updates dwte's rows,
+    // as many as differ: at most the vocabulary.
     work(Group::Embedding).bytes =
         3 * row + (kBytesX + sizeof(float)) * T * C + 2 * sizeof(float) * std::min(V, N) * C;
     // Two products of (T, T, 64) forward and five backward, half of each; packed qkv in, (B, T, C) out, and
@@ -160,7 +163,8 @@ inline GroupWork elementwise_work(const Gpt2Config& c, const UpdateShape& u) {
     const Work attention = {2 * N * T * C, 4 * row};
     work(Group::AttentionForward) = (block_again ? 2 : 1) * L * attention;
     work(Group::AttentionBackward) = L * Work{5 * N * T * C, 8 * row};
-    // The first norm has no residual sum and the last one's backward assigns; the 2 L others read and write 4 each way.
+    // The first norm has no residual sum and the last one's backward assigns; the 2 L others read and write 4
+    // each way.
     const double recomputed = !again ? 0 : block_again ? 2 + 4 : 2 + 2;
     work(Group::Layernorm).bytes = ((2 + 2 * L * 4) + (3 + 2 * L * 4) + L * recomputed) * row;
     const double gelu_forwards = (u.gelu_fused_forward ? 0
@@ -189,10 +193,10 @@ inline GroupWork update_work(const Gpt2Config& config, const UpdateShape& u) {
     return w;
 }
 
-// ---- gelu inside products --------------------------------------------------------------------------------------------
+// ---- gelu inside products --------------------------------------------------------------------------------
 
-// Where a product's plan leaves GELU to a kernel of ours, that kernel runs inside the product's range. It is timed alone
-// here, and its time moved to its own group. Overwrites activations of the model.
+// Where a product's plan leaves GELU to a kernel of ours, that kernel runs inside the product's range. It is
+// timed alone here, and its time moved to its own group. Overwrites activations of the model.
 inline void split_gelu(GroupTimes& times, Gpt2& model, const UpdateShape& u, double steps, Gpu& gpu) {
     constexpr int kRuns = 10;
     const Gpt2Config& c = model.config;
@@ -213,7 +217,7 @@ inline void split_gelu(GroupTimes& times, Gpt2& model, const UpdateShape& u, dou
     if (!u.gelu_fused_backward) move(launches, [&] { gelu_backward(a.dfch, a.dfch, a.fch, n, gpu); });
 }
 
-// ---- the report ------------------------------------------------------------------------------------------------------
+// ---- the report ------------------------------------------------------------------------------------------
 
 struct ProfileReport {
     int64_t steps, micro_steps, tokens;  // steps measured; of an update

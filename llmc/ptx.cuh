@@ -112,7 +112,7 @@ __device__ inline void barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- sm_90a: barriers in shared memory, bulk copies -------------------------------------------------------
+// ---- sm_90a: barriers in shared memory, bulk copies ------------------------------------------------------
 //
 // Built for other architectures the words from here on trap, and sm_90 without the a is refused: there only
 // the launch could tell.
@@ -186,7 +186,7 @@ __device__ inline void bulk_load(void* shared_dst, const void* global_src, unsig
 // (fence.proxy.async)
 __device__ inline void fence_async_proxy() { PTX_SM90A("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---- sm_90a: products of a warpgroup ----------------------------------------------------------------------
+// ---- sm_90a: products of a warpgroup ---------------------------------------------------------------------
 //
 // Four consecutive warps, the first a multiple of 4, multiply together; warp w of them has rows 16 w .. 16 w
 // + 15 of the result, laid out as in mma_m16n8k16, and of the left operand where that lies in registers. What

@@ -29,8 +29,8 @@ __host__ __device__ inline float uniform_open(uint32_t bits) {
     return (static_cast<float>(bits >> 8) + 0.5f) * (1.0f / 16777216.0f);
 }
 
-// Two standard normal numbers of two words (Box and Muller 1958). sincospif, since it reduces its argument without the
-// table in local memory that sinf has for large ones.
+// Two standard normal numbers of two words (Box and Muller 1958). sincospif, since it reduces its argument
+// without the table in local memory that sinf has for large ones.
 __device__ inline float2 normal_pair(uint32_t a, uint32_t b) {
     const float radius = sqrtf(-2.0f * logf(uniform_open(a)));
     float sine, cosine;

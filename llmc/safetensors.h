@@ -24,7 +24,7 @@
 static_assert(std::endian::native == std::endian::little,
               "the format is little-endian, and data is copied as it lies");
 
-// ---- types ------------------------------------------------------------------------------------------------
+// ---- types -----------------------------------------------------------------------------------------------
 
 struct FileDtype {
     const char* name;
@@ -50,7 +50,7 @@ inline float float_of_f16(uint16_t bits) {
     return sign ? -magnitude : magnitude;
 }
 
-// ---- the header -------------------------------------------------------------------------------------------
+// ---- the header ------------------------------------------------------------------------------------------
 
 // One tensor as a header describes it.
 struct FileTensor {
@@ -159,7 +159,7 @@ inline std::string parse_safetensors_header(std::vector<FileTensor>& out, std::s
     return check_layout(out, data_bytes);
 }
 
-// ---- reading ----------------------------------------------------------------------------------------------
+// ---- reading ---------------------------------------------------------------------------------------------
 
 // An open file: the header is read and checked, the data stays on the disk until it is asked for.
 class SafetensorsFile {
@@ -218,7 +218,7 @@ class SafetensorsFile {
     std::vector<FileTensor> tensors_;
 };
 
-// ---- writing ----------------------------------------------------------------------------------------------
+// ---- writing ---------------------------------------------------------------------------------------------
 
 // A tensor to be written; its place in the file follows from the order.
 struct NewTensor {

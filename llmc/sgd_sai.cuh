@@ -74,7 +74,7 @@ __host__ __device__ inline float gain_of(GainRule rule, uint64_t n, float gsnr, 
     return 1.0f;
 }
 
-// ---- kernels ----------------------------------------------------------------------------------------------
+// ---- kernels ---------------------------------------------------------------------------------------------
 
 // Whether this step measures: the first that is applied, unless its gradient is all zero, which has no ratio.
 __device__ inline bool measures_gains(const StepState& state) {
@@ -209,7 +209,7 @@ __global__ __launch_bounds__(kChunkThreads) void sgd_sai_update_kernel(
     }
 }
 
-// ---- host -------------------------------------------------------------------------------------------------
+// ---- host ------------------------------------------------------------------------------------------------
 
 // gains.gsnr and .zero of every block from this step's gradient, where the state says that they are needed;
 // else nothing is written. partial (table.chunks.size()) is scratch. Async on gpu.stream, deterministic.

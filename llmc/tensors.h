@@ -1,5 +1,5 @@
-// The tensors of GPT-2, declared once: a row a tensor. Allocation, initialisation, weight decay, checkpoints, g-SNR
-// blocks, gradient tests and the memory report are loops over these tables.
+// The tensors of GPT-2, declared once: a row a tensor. Allocation, initialisation, weight decay, checkpoints,
+// g-SNR blocks, gradient tests and the memory report are loops over these tables.
 //
 // Host only: no kernel, no CUDA call.
 #pragma once
@@ -9,13 +9,14 @@
 #include <vector>
 #include "llmc/shape.h"  // ModelShape
 
-// ---- parameters ------------------------------------------------------------------------------------------------------
+// ---- parameters ------------------------------------------------------------------------------------------
 
 enum class Scope { model, layer };
 enum class Init { zeros, ones, normal, residual };  // normal: std 0.02; residual: 0.02 / sqrt(2 L)
 
-// Matrices are stored (in, out), as Hugging Face's GPT-2 stores them; the head is wte. Decay goes to the tensors of two
-// dimensions. The order is the arena's but for the layers, which lie between wpe and lnfw, one after the other.
+// Matrices are stored (in, out), as Hugging Face's GPT-2 stores them; the head is wte. Decay goes to the
+// tensors of two dimensions. The order is the arena's but for the layers, which lie between wpe and lnfw, one
+// after the other.
 // clang-format off
 //    name      Hugging Face's name    scope  rows  cols    decay  init
 #define GPT2_PARAMETERS(X)                                              \
@@ -70,15 +71,16 @@ struct Parameters {
     }
 };
 
-// A run of elements of one block: the unit of the multi-tensor kernels, one CUDA block each. Pads lie in no chunk.
+// A run of elements of one block: the unit of the multi-tensor kernels, one CUDA block each. Pads lie in no
+// chunk.
 struct Chunk {
     uint64_t begin;  // arena element, a multiple of 64
     uint32_t count;  // a multiple of 64
     uint32_t block;  // TensorBlock it belongs to
 };
 
-// Where every parameter lies. Arena order: wte, wpe, layer 0's tensors, layer 1's, ..., lnfw, lnfb; no gaps but the pad
-// rows of wte, since all sizes are multiples of 64.
+// Where every parameter lies. Arena order: wte, wpe, layer 0's tensors, layer 1's, ..., lnfw, lnfb; no gaps
+// but the pad rows of wte, since all sizes are multiples of 64.
 class TensorTable {
   public:
     explicit TensorTable(const ModelShape& shape) : shape_(shape) {

@@ -1,5 +1,6 @@
-// One update after the other, without waiting for any: micro-steps, norm, optimizer go onto the stream, and what came of
-// them is read one step late. The host never waits for the GPU inside the loop but for that, when it is done already.
+// One update after the other, without waiting for any: micro-steps, norm, optimizer go onto the stream, and
+// what came of them is read one step late. The host never waits for the GPU inside the loop but for that,
+// when it is done already.
 #pragma once
 #include <optional>
 #include "llmc/dataloader.h"   // TrainLoader
@@ -46,8 +47,8 @@ class Trainer {
             if (graph) cudaGraphExecDestroy(graph);
     }
 
-    // Puts update `step` (from 1, each once and in order) on the stream and returns the report of the one before, if
-    // that wasn't collected yet.
+    // Puts update `step` (from 1, each once and in order) on the stream and returns the report of the one
+    // before, if that wasn't collected yet.
     std::optional<StepResult> step(int64_t step, double learning_rate, TrainLoader& loader) {
         Turn& turn = turns_[step % kTurns];
         turn.chained = pending_;
@@ -75,8 +76,8 @@ class Trainer {
         return report;
     }
 
-    // The report of the last update, waiting for it; nothing where it was given already. What the caller does next on the
-    // stream counts to no step's time.
+    // The report of the last update, waiting for it; nothing where it was given already. What the caller does
+    // next on the stream counts to no step's time.
     std::optional<StepResult> flush() {
         if (!pending_) return std::nullopt;
         pending_ = false;
@@ -91,9 +92,9 @@ class Trainer {
         cudaEvent_t begin, optimizer, end, read;
     };
 
-    // The first update runs plainly: plans are made and buffers touched for the first time. Then each of the two kinds of
-    // micro-step is captured once and replayed: same kernels, same addresses, so the same bits. What is profiled runs
-    // plainly again, since a graph is one launch.
+    // The first update runs plainly: plans are made and buffers touched for the first time. Then each of the
+    // two kinds of micro-step is captured once and replayed: same kernels, same addresses, so the same bits.
+    // What is profiled runs plainly again, since a graph is one launch.
     void run_micro_step(int64_t step, Write write, float token_weight) {
         if (!config_.graph || step == 1 || model_.profile.measuring())
             return model_.micro_step(write, token_weight);

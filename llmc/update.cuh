@@ -85,7 +85,7 @@ inline std::string gain_table(const GainReport& report) {
     return text;
 }
 
-// ---- checks that the optimizers share ---------------------------------------------------------------------
+// ---- checks that the optimizers share --------------------------------------------------------------------
 
 // Elements of the arena that holds the blocks, pads included.
 inline size_t arena_elements(const std::vector<TensorBlock>& blocks) {
@@ -105,7 +105,7 @@ inline void check_decay(double learning_rate, double weight_decay) {
             learning_rate, weight_decay, learning_rate * weight_decay);
 }
 
-// ---- device helpers ---------------------------------------------------------------------------------------
+// ---- device helpers --------------------------------------------------------------------------------------
 
 // Four neighbouring weights from the master, rounded to nearest even. In the fp32 build weights and master
 // are one memory, so there is nothing to write. 8 bytes a lane: neighbouring lanes fill whole 128-byte lines,

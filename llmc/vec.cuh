@@ -1,4 +1,5 @@
-// 128-bit packs: the widest load and store that a thread has, and what every elementwise kernel moves memory with.
+// 128-bit packs: the widest load and store that a thread has, and what every elementwise kernel moves memory
+// with.
 #pragma once
 #include <cstring>
 #include <cuda_bf16.h>
@@ -18,8 +19,8 @@ struct alignas(16) Pack128 {
 using x128 = Pack128<floatX>;
 using f128 = Pack128<float>;
 
-// p is 16-byte aligned device memory. The _streaming forms mark data that is touched once, so that it leaves the cache
-// first (ld.global.cs, st.global.cs).
+// p is 16-byte aligned device memory. The _streaming forms mark data that is touched once, so that it leaves
+// the cache first (ld.global.cs, st.global.cs).
 template <class T>
 __device__ inline Pack128<T> load128(const T* p) {
     const int4 bits = *reinterpret_cast<const int4*>(p);  // an int4 is always one instruction, a struct not

@@ -222,8 +222,9 @@ Floats as_floats(const void* p, const Layout& layout) {
     return floats;
 }
 
-// 2^x for x <= 0, relative error below 2^-22, written so that the compiler makes vectors of it: a rounded exponent and
-// the Taylor series of 2^f, |f| <= 1/2, whose eighth term is below 2^-24. Results below 2^-126 become 2^-126; NaN stays.
+// 2^x for x <= 0, relative error below 2^-22, written so that the compiler makes vectors of it: a rounded
+// exponent and the Taylor series of 2^f, |f| <= 1/2, whose eighth term is below 2^-24. Results below 2^-126
+// become 2^-126; NaN stays.
 inline float exp2_nonpositive(float x) {
     x = x < -126.0f ? -126.0f : x;
     const float whole = (x + 12582912.0f) - 12582912.0f, f = (x - whole) * 0.6931471805599453f;
@@ -244,8 +245,8 @@ inline float gelu_derivative(float x) {
     return s + x * s * (1.0f - s) * 1.5957691216057308f * (1.0f + 3 * 0.044715f * x * x);
 }
 
-// D = epilogue(alpha sum + beta C) of a tile: rows i0 .. i0 + mb, columns j0 .. j0 + nb; sum (mb, nb) column-major is
-// worked on in place, one plain loop a stage.
+// D = epilogue(alpha sum + beta C) of a tile: rows i0 .. i0 + mb, columns j0 .. j0 + nb; sum (mb, nb)
+// column-major is worked on in place, one plain loop a stage.
 template <class T>
 void finish_tile(const Product& x, float* sum, uint64_t i0, uint64_t j0, uint64_t mb, uint64_t nb) {
     const uint32_t epilogue = x.t.epilogue;
