@@ -56,7 +56,11 @@ SIM_FLAGS := $(SIM_BASE) $(CHECK_FLAGS)
 SIM_LINK := $(CHECK_LINK) -rdynamic -lboost_context -lopenblas -ldl -lpthread
 GPU_FLAGS := -std=c++20 -O3 -Illmc -I. $(EXTRA_INCLUDES) -Xcompiler -Wall,-Wextra -Xptxas -v -lineinfo \
              $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a))
-GPU_LINK := -lcublasLt
+# Where the toolkit that nvcc belongs to isn't in ld.so.conf, programs find its libcublasLt by this path. Debian's toolkit
+# and the wheels' have no lib64 beside nvcc's folder: the first is in the system's path, the second is the user's matter.
+CUDA_LIB := $(if $(NVCC),$(patsubst %/,%,$(dir $(firstword $(wildcard \
+              $(abspath $(dir $(realpath $(shell command -v $(NVCC))))../lib64)/libcublasLt.so*)))))
+GPU_LINK := $(if $(CUDA_LIB),-Xlinker -rpath=$(CUDA_LIB)) -lcublasLt
 FLAGS_bf16 := -DPRECISION_BF16
 FLAGS_fp32 := -DPRECISION_FP32
 FLAGS_adamw := -DOPTIMIZER=AdamW
@@ -79,7 +83,8 @@ help:
 	@echo 'make gpu_builds  every GPU program, and the check of the compiler'"'"'s report'
 	@echo 'make format  lay out all sources; make compile_commands.json for editors'
 	@echo 'make clean   remove build/'
-	@echo 'variables:   CHECK=memory|race|shuffle (simulator checks), GPU_ARCH="80 90a", NVCC, EXTRA_INCLUDES'
+	@echo 'variables:   CHECK=memory|race|shuffle (simulator checks), GPU_ARCH="80 90a", NVCC, EXTRA_INCLUDES,'
+	@echo '             CUDA_LIB (where programs look for libcublasLt: $(or $(CUDA_LIB),the system'"'"'s path))'
 	@echo '$(DEVICE_REASON)'
 
 setup:
