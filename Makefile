@@ -25,6 +25,16 @@ endif
 PRECISION ?= bf16
 OPTIMIZER ?= adamw
 
+# ATTENTION=mma_sync|wgmma fixes attention's tensor-core products on Hopper, in folders of their own, so that a GPU can
+# compare both. Without it llmc/attention_tile.cuh chooses.
+ATTENTION ?=
+VARIANT := $(if $(ATTENTION),-$(ATTENTION))
+VARIANT_FLAGS-mma_sync := -DATTENTION_WGMMA=0
+VARIANT_FLAGS-wgmma := -DATTENTION_WGMMA=1
+ifneq ($(filter-out mma_sync wgmma,$(ATTENTION)),)
+  $(error ATTENTION=$(ATTENTION): wanted mma_sync or wgmma)
+endif
+
 # Hopper's own instructions need the a in 90a; without a GPU, code for the A100 and for Hopper is built.
 GPU_ARCH ?= $(if $(GPU_CAPABILITY),$(patsubst 90,90a,$(GPU_CAPABILITY)),80 90a)
 
@@ -76,15 +86,15 @@ HOST_TESTS := $(basename $(notdir $(wildcard dev/test/*_test.cpp)))
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
-	@echo 'make train_gpt2 [DEVICE=gpu|sim] [PRECISION=bf16|fp32] [OPTIMIZER=adamw|sgd_sai]'
-	@echo '             one program, in build/DEVICE-PRECISION-OPTIMIZER/train_gpt2'
+	@echo 'make train_gpt2 [DEVICE=gpu|sim] [PRECISION=bf16|fp32] [OPTIMIZER=adamw|sgd_sai] [ATTENTION=mma_sync|wgmma]'
+	@echo '             one program, in build/DEVICE-PRECISION-OPTIMIZER[-ATTENTION]/train_gpt2'
 	@echo 'make setup   install what is missing: Debian packages, .venv'
 	@echo 'make test-long   every test under every check of the simulator (hours on 2 cores)'
 	@echo 'make gpu_builds  every GPU program, and the check of the compiler'"'"'s report'
 	@echo 'make format  lay out all sources; make compile_commands.json for editors'
 	@echo 'make clean   remove build/'
-	@echo 'variables:   CHECK=memory|race|shuffle (simulator checks), GPU_ARCH="80 90a", NVCC, EXTRA_INCLUDES,'
-	@echo '             CUDA_LIB (where programs look for libcublasLt: $(or $(CUDA_LIB),the system'"'"'s path))'
+	@echo 'variables:   CHECK=memory|race|shuffle (simulator checks), GPU_ARCH="80 90a", ATTENTION=mma_sync|wgmma, NVCC,'
+	@echo '             EXTRA_INCLUDES, CUDA_LIB (where programs look for libcublasLt: $(or $(CUDA_LIB),the system'"'"'s path))'
 	@echo '$(DEVICE_REASON)'
 
 setup:
@@ -95,7 +105,7 @@ device:
 	@$(if $(filter gpu,$(DEVICE)),echo 'GPU_ARCH=$(GPU_ARCH) (override: make GPU_ARCH=80)')
 
 train_gpt2 test_gpt2: device
-	@$(MAKE) --no-print-directory build/$(DEVICE)-$(PRECISION)-$(OPTIMIZER)$(SUFFIX)/$@
+	@$(MAKE) --no-print-directory build/$(DEVICE)-$(PRECISION)-$(OPTIMIZER)$(VARIANT)$(SUFFIX)/$@
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
 
@@ -127,45 +137,47 @@ $(LIBSIM): $(SIM_OBJECTS)
 	@rm -f $@
 	ar rcs $@ $^
 
-# A program of the simulator is g++ of the same source; one of the GPU is nvcc's. $(1) precision, $(2) optimizer. Compiling and
-# linking are two steps, so that a new commit's name costs no compilation.
+# A program of the simulator is g++ of the same source; one of the GPU is nvcc's. $(1) precision, $(2) optimizer, $(3) attention's
+# choice. Compiling and linking are two steps, so that a new commit's name costs no compilation.
 define PROGRAM_RULES
-build/sim-$(1)-$(2)$(SUFFIX)/%_gpt2.o: %_gpt2.cu
+build/sim-$(1)-$(2)$(3)$(SUFFIX)/%_gpt2.o: %_gpt2.cu
 	@mkdir -p $$(@D)
-	g++ -x c++ $(SIM_FLAGS) $(FLAGS_$(1)) $(FLAGS_$(2)) -DBUILD_DEVICE='"sim"' -MMD -MP -c $$< -o $$@
-build/sim-$(1)-$(2)$(SUFFIX)/%_gpt2: build/sim-$(1)-$(2)$(SUFFIX)/%_gpt2.o $(HOST_OBJECTS) $(LIBSIM)
+	g++ -x c++ $(SIM_FLAGS) $(FLAGS_$(1)) $(FLAGS_$(2)) $(VARIANT_FLAGS$(3)) -DBUILD_DEVICE='"sim"' -MMD -MP -c $$< -o $$@
+build/sim-$(1)-$(2)$(3)$(SUFFIX)/%_gpt2: build/sim-$(1)-$(2)$(3)$(SUFFIX)/%_gpt2.o $(HOST_OBJECTS) $(LIBSIM)
 	g++ $$(filter %.o %.a,$$^) -o $$@ $(SIM_LINK)
-build/gpu-$(1)-$(2)/%_gpt2.o: %_gpt2.cu
+build/gpu-$(1)-$(2)$(3)/%_gpt2.o: %_gpt2.cu
 	@mkdir -p $$(@D)
-	$(NVCC) $(GPU_FLAGS) $(FLAGS_$(1)) $(FLAGS_$(2)) -DBUILD_DEVICE='"gpu"' -MMD -MF $$(@:.o=.d) -c $$< -o $$@ > $$(@:.o=.ptxas) 2>&1 || (cat $$(@:.o=.ptxas); exit 1)
+	$(NVCC) $(GPU_FLAGS) $(FLAGS_$(1)) $(FLAGS_$(2)) $(VARIANT_FLAGS$(3)) -DBUILD_DEVICE='"gpu"' -MMD -MF $$(@:.o=.d) -c $$< -o $$@ > $$(@:.o=.ptxas) 2>&1 || (cat $$(@:.o=.ptxas); exit 1)
 	@grep -E 'warning' $$(@:.o=.ptxas) || true
-build/gpu-$(1)-$(2)/%_gpt2: build/gpu-$(1)-$(2)/%_gpt2.o $(HOST_OBJECTS)
+build/gpu-$(1)-$(2)$(3)/%_gpt2: build/gpu-$(1)-$(2)$(3)/%_gpt2.o $(HOST_OBJECTS)
 	$(NVCC) $$(filter %.o,$$^) -o $$@ $(GPU_LINK)
 endef
 define KERNEL_RULES
-build/sim-$(1)$(SUFFIX)/kernels/%: dev/kernels/%.cu $(HOST)/options.o $(HOST)/json.o $(LIBSIM)
+build/sim-$(1)$(2)$(SUFFIX)/kernels/%: dev/kernels/%.cu $(HOST)/options.o $(HOST)/json.o $(LIBSIM)
 	@mkdir -p $$(@D)
-	g++ -x c++ $(SIM_FLAGS) $(FLAGS_$(1)) -MMD -MP -MF $$@.d $$< -x none $(HOST)/options.o $(HOST)/json.o $(LIBSIM) -o $$@ $(SIM_LINK)
-build/gpu-$(1)/kernels/%: dev/kernels/%.cu $(HOST)/options.o $(HOST)/json.o
+	g++ -x c++ $(SIM_FLAGS) $(FLAGS_$(1)) $(VARIANT_FLAGS$(2)) -MMD -MP -MF $$@.d $$< -x none $(HOST)/options.o $(HOST)/json.o $(LIBSIM) -o $$@ $(SIM_LINK)
+build/gpu-$(1)$(2)/kernels/%: dev/kernels/%.cu $(HOST)/options.o $(HOST)/json.o
 	@mkdir -p $$(@D)
-	$(NVCC) $(GPU_FLAGS) $(FLAGS_$(1)) -MMD -MF $$@.d $$< $(HOST)/options.o $(HOST)/json.o -o $$@ $(GPU_LINK) > $$@.ptxas 2>&1 || (cat $$@.ptxas; exit 1)
+	$(NVCC) $(GPU_FLAGS) $(FLAGS_$(1)) $(VARIANT_FLAGS$(2)) -MMD -MF $$@.d $$< $(HOST)/options.o $(HOST)/json.o -o $$@ $(GPU_LINK) > $$@.ptxas 2>&1 || (cat $$@.ptxas; exit 1)
 	@grep -E 'warning' $$@.ptxas || true
 endef
-$(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,$(eval $(call PROGRAM_RULES,$(p),$(o)))))
-$(foreach p,bf16 fp32,$(eval $(call KERNEL_RULES,$(p))))
+$(foreach v,default -mma_sync -wgmma,$(foreach p,bf16 fp32,$(eval $(call KERNEL_RULES,$(p),$(v:default=)))\
+    $(foreach o,adamw sgd_sai,$(eval $(call PROGRAM_RULES,$(p),$(o),$(v:default=))))))
 
 -include $(shell find build -name '*.d' 2>/dev/null)
 .SECONDARY:
 
 # ---- groups ----------------------------------------------------------------------------------------------------------
 
-PROGRAMS := $(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,build/$(DEVICE)-$(p)-$(o)$(SUFFIX)))
+PROGRAMS := $(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,build/$(DEVICE)-$(p)-$(o)$(VARIANT)$(SUFFIX)))
 programs: $(addsuffix /train_gpt2,$(PROGRAMS)) $(addsuffix /test_gpt2,$(PROGRAMS))
-kernels: $(foreach p,bf16 fp32,$(addprefix build/$(DEVICE)-$(p)$(SUFFIX)/kernels/,$(KERNELS)))
+kernels: $(foreach p,bf16 fp32,$(addprefix build/$(DEVICE)-$(p)$(VARIANT)$(SUFFIX)/kernels/,$(KERNELS)))
 host_tests: $(addprefix $(HOST)/test/,$(HOST_TESTS) $(basename $(notdir $(wildcard dev/test/fuzz_*.cpp))))
-GPU_PROGRAMS := $(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,build/gpu-$(p)-$(o)))
+GPU_PROGRAMS := $(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,build/gpu-$(p)-$(o)$(VARIANT)))
 gpu_builds:
-	@$(MAKE) --no-print-directory $(addsuffix /train_gpt2,$(GPU_PROGRAMS)) $(addsuffix /test_gpt2,$(GPU_PROGRAMS)) $(foreach p,bf16 fp32,$(addprefix build/gpu-$(p)/kernels/,$(KERNELS)))
+	@$(MAKE) --no-print-directory $(addsuffix /train_gpt2,$(GPU_PROGRAMS)) $(addsuffix /test_gpt2,$(GPU_PROGRAMS)) \
+	    $(foreach a,mma_sync wgmma,build/gpu-bf16-adamw-$(a)/train_gpt2) \
+	    $(foreach p,bf16 fp32,$(addprefix build/gpu-$(p)$(VARIANT)/kernels/,$(KERNELS)))
 
 FUZZERS := $(basename $(notdir $(wildcard dev/test/fuzz_*.cpp)))
 
@@ -179,8 +191,8 @@ export SIM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 # Names and commands of tests in the simulator: $(call KERNEL_TESTS,SUFFIX,PRECISIONS,KERNELS).
-KERNEL_TESTS = $(foreach p,$(2),$(foreach k,$(3),"kernel $(k) $(p)$(1)=build/sim-$(p)$(1)/kernels/$(k)"))
-MODEL_TESTS = $(foreach p,$(2),$(foreach o,$(3),"model $(p) $(o)$(1)=build/sim-$(p)-$(o)$(1)/test_gpt2"))
+KERNEL_TESTS = $(foreach p,$(2),$(foreach k,$(3),"kernel $(k) $(p)$(1)=build/sim-$(p)$(VARIANT)$(1)/kernels/$(k)"))
+MODEL_TESTS = $(foreach p,$(2),$(foreach o,$(3),"model $(p) $(o)$(1)=build/sim-$(p)-$(o)$(VARIANT)$(1)/test_gpt2"))
 HOST_TEST_RUNS = $(foreach t,$(HOST_TESTS) $(FUZZERS),"host $(t)$(SUFFIX)=$(HOST)/test/$(t)")
 GPU_TESTS = $(if $(filter gpu,$(DEVICE)),"gpu=dev/gpu_check.sh smoke")
 NVCC_TESTS = $(if $(NVCC),"nvcc ptxas report=$(PYTHON) dev/check_ptxas.py build/gpu-*-*/train_gpt2.ptxas" \
@@ -188,8 +200,8 @@ NVCC_TESTS = $(if $(NVCC),"nvcc ptxas report=$(PYTHON) dev/check_ptxas.py build/
 
 # What `make test` runs under the checks too: the kernels with the most to get wrong, and a whole model.
 CI_CHECK_KERNELS := attention layernorm sgd_sai
-SIM_KERNEL_PROGRAMS = $(foreach p,bf16 fp32,$(addprefix build/sim-$(p)$(SUFFIX)/kernels/,$(KERNELS)))
-SIM_MODEL_PROGRAMS = $(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,$(addprefix build/sim-$(p)-$(o)$(SUFFIX)/,train_gpt2 test_gpt2)))
+SIM_KERNEL_PROGRAMS = $(foreach p,bf16 fp32,$(addprefix build/sim-$(p)$(VARIANT)$(SUFFIX)/kernels/,$(KERNELS)))
+SIM_MODEL_PROGRAMS = $(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,$(addprefix build/sim-$(p)-$(o)$(VARIANT)$(SUFFIX)/,train_gpt2 test_gpt2)))
 
 ifeq ($(CHECK),)
 test: setup device
@@ -207,12 +219,13 @@ test: setup
 	@$(MAKE) --no-print-directory -j$(JOBS) -k host_tests $(SIM_KERNEL_PROGRAMS) $(SIM_MODEL_PROGRAMS)
 	@$(CHECK_ENV_$(CHECK)) $(RUN_TESTS) $(call KERNEL_TESTS,$(SUFFIX),bf16 fp32,$(KERNELS)) \
 	    $(call MODEL_TESTS,$(SUFFIX),bf16 fp32,adamw sgd_sai) $(HOST_TEST_RUNS) \
-	    $(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,"training $(p) $(o)$(SUFFIX)=dev/test/train_ten_steps.sh build/sim-$(p)-$(o)$(SUFFIX)"))
+	    $(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,"training $(p) $(o)$(SUFFIX)=dev/test/train_ten_steps.sh build/sim-$(p)-$(o)$(VARIANT)$(SUFFIX)"))
 endif
 
 test_programs: host_tests $(SIM_KERNEL_PROGRAMS) $(SIM_MODEL_PROGRAMS) \
     $(if $(NVCC),$(addsuffix /train_gpt2,$(GPU_PROGRAMS)))
-ci_check_programs: $(foreach k,$(CI_CHECK_KERNELS),build/sim-bf16$(SUFFIX)/kernels/$(k)) build/sim-bf16-sgd_sai$(SUFFIX)/test_gpt2
+ci_check_programs: $(foreach k,$(CI_CHECK_KERNELS),build/sim-bf16$(VARIANT)$(SUFFIX)/kernels/$(k)) \
+    build/sim-bf16-sgd_sai$(VARIANT)$(SUFFIX)/test_gpt2
 
 # Every kernel and a training of both optimizers under every check.
 test-long: test
