@@ -227,6 +227,7 @@ int main(int argc, char** argv) {
          {Shape{1, 1, 128}, Shape{63, 2, 128}, Shape{65, 50, 128}, Shape{200, 256, 256},
           Shape{1024, 257, 384}, Shape{5, 512, 512}, Shape{9, 1000, 1024}, Shape{3, 2047, 2048},
           Shape{3, 2049, 2176}, Shape{4, 8192, 8192}, Shape{3, 50257, 50304}, Shape{1, 120001, 120064}}) {
+        if (h.small && shape.rows > 300) continue;
         test_random(h, shape, 1);
         test_random(h, shape, 20);
     }
@@ -234,6 +235,6 @@ int main(int argc, char** argv) {
     for (int V : {203, 3001, 10001}) test_bad_rows(h, V);
     for (int rows : {1, 63, 1024, 40000})
         for (Write write : {Write::Assign, Write::Add}) test_loss_mean(h, rows, write);
-    test_beyond_2_31(h);
+    if (!h.small) test_beyond_2_31(h);
     return h.finish();
 }

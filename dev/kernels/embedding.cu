@@ -214,6 +214,7 @@ int main(int argc, char** argv) {
     for (const Shape& shape :
          {Shape{1, 1, 64, 1}, Shape{1, 63, 128, 50}, Shape{3, 65, 192, 257}, Shape{2, 200, 768, 4000},
           Shape{1, 65, 1280, 256}, Shape{2, 63, 1600, 2}, Shape{11, 1024, 64, 256}}) {
+        if (h.small && shape.positions() > 1024) continue;
         const auto tokens = h.random_ints(shape.positions(), shape.V);
         test_order(h, shape.name(), tokens, shape.V);
         test_forward(h, shape, tokens);
@@ -222,7 +223,9 @@ int main(int argc, char** argv) {
         test_backward(h, "like text", shape, zipf(h, shape.positions(), shape.V), Write::Assign);
     }
     for (int n : {31, 32, 33, 64, 200, 1024}) test_batches(h, {1, n, 64, 50});
-    test_batches(h, {4, 1024, 128, 256});
-    test_beyond_2_31(h);
+    if (!h.small) {
+        test_batches(h, {4, 1024, 128, 256});
+        test_beyond_2_31(h);
+    }
     return h.finish();
 }

@@ -1,5 +1,6 @@
 // What every test of a kernel shares: random inputs, a row a comparison, timing by events. Each dev/kernels/OP.cu is a
-// program: without arguments it tests and exits 1 if anything failed; with --bench it times, on a GPU.
+// program: without arguments it tests and exits 1 if anything failed; with --bench it times, on a GPU; with --small it
+// tests less, for compute-sanitizer, under which a kernel takes up to a hundred times as long.
 //
 //     int main(int argc, char** argv) {
 //         Harness h("gelu", argc, argv);
@@ -36,12 +37,14 @@ struct Tolerance {
 class Harness {
   public:
     bool bench = false;
+    bool small = false;  // leave out more than 300 rows of anything, and what needs gigabytes
     Gpu gpu;
 
     Harness(const char* op, int argc, char** argv) : op_(op) {
         for (int i = 1; i < argc; i++)
             if (std::strcmp(argv[i], "--bench") == 0) bench = true;
-            else fatal("%s: unknown argument %s; wanted nothing or --bench", op, argv[i]);
+            else if (std::strcmp(argv[i], "--small") == 0) small = true;
+            else fatal("%s: unknown argument %s; wanted nothing, --bench or --small", op, argv[i]);
         std::printf("%s, %s, %s\n", op, kPrecisionName, gpu.properties.name);
     }
     Harness(const Harness&) = delete;

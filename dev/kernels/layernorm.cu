@@ -328,12 +328,13 @@ int main(int argc, char** argv) {
     } const shapes[] = {{1, 64},  {63, 128},  {1024, 128}, {65, 192},           {200, 768},
                         {1, 768}, {63, 1280}, {65, 1600},  {3, kLayernormMaxC}, {2, kLayernormMaxC / 2 + 64}};
     for (const auto& shape : shapes) {
+        if (h.small && shape.rows > 300) continue;
         test_forward(h, Rows::normal, shape.rows, shape.C);
         test_residual_forward(h, shape.rows, shape.C);
         for (const BackwardCase& how : kBackwardCases) test_backward(h, how, shape.rows, shape.C);
     }
     for (int C : {64, 768, 1600})
         for (Rows kind : {Rows::offset, Rows::constant, Rows::outlier}) test_forward(h, kind, 5, C);
-    test_beyond_2_31(h);
+    if (!h.small) test_beyond_2_31(h);
     return h.finish();
 }

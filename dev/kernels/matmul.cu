@@ -771,16 +771,18 @@ int main(int argc, char** argv) {
     test_graph(h);
     for (const Shape& s : {Shape{1, 64, 192}, Shape{63, 128, 512}, Shape{200, 64, 64}, Shape{1024, 128, 384},
                            Shape{63, 3072, 768}, Shape{200, 1600, 4800}}) {
-        const int candidates = s.N == 200 && s.C == 1600 ? 32 : 1;  // all that tuning may choose from, once
+        if (h.small && (s.N > 300 || s.C == 3072)) continue;
+        // All that tuning may choose from, once.
+        const int candidates = s.N == 200 && s.C == 1600 && !h.small ? 32 : 1;
         test_forward(h, s, candidates);
         test_dgrad(h, s, candidates);
         test_wgrad(h, s, candidates);
     }
     test_head(h, 1, 64, 256);
     test_head(h, 63, 128, 384);
-    test_head(h, 200, 768, 50304);
+    if (!h.small) test_head(h, 200, 768, 50304);
     for (auto [rows, cols] :
          {std::pair<int64_t, int64_t>{1, 64}, {63, 64}, {200, 200}, {1024, 2304}, {33, 6400}, {5000, 768}})
-        test_bias(h, rows, cols);
+        if (!h.small || rows <= 300) test_bias(h, rows, cols);
     return h.finish();
 }
