@@ -6,12 +6,14 @@
 
 torch.compile, bf16 autocast over fp32 weights, scaled_dot_product_attention, fused AdamW, TF32 for what is
 left in fp32, a vocabulary padded to 50304, gradients clipped at 1. Tokens are random and made on the GPU, so
-that data costs nothing. Steps are timed by CUDA events, after warm-up, which compiles; the median counts. The
-last line is one JSON object.
+that data costs nothing. A step lasts from the end of the one before to its own end, by CUDA events, as
+train_gpt2 counts it; the median of those after the warm-up, which compiles, counts. The last line is one JSON
+object.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -23,6 +25,14 @@ from torch.nn import functional as F
 
 MODELS = {"d12": (12, 768), "d24": (24, 1024), "d36": (36, 1280), "d48": (48, 1600)}
 HEAD_SIZE = 64
+
+# For --fit: what PyTorch keeps for the backward pass, about 2.5 MB a token for d48, and as layers x channels
+# for other models; and of a logit its bf16, its gradient and an fp32 of the loss.
+ACTIVATION_BYTES = 2.5e6 / (48 * 1600)
+LOGIT_BYTES = 2 + 2 + 4
+# Of a parameter: weight, gradient, AdamW's two moments in fp32, and autocast's bf16 copy of the weight.
+PARAMETER_BYTES = {"adamw": 18, "sgd_sai": 14}
+USABLE = 0.93  # of the GPU's memory; the rest is the context's, the workspaces' and the allocator's gaps
 
 
 class Attention(nn.Module):
@@ -95,18 +105,37 @@ def make_optimizer(name, model, device):
     return SGD_sai(groups, lr=3e-3, momentum=0.9, weight_decay=0.02)
 
 
+def shape_of(args):
+    layers, channels = MODELS[args.model]
+    return args.layers or layers, args.channels or channels
+
+
+def estimated_batch(args, memory_bytes):
+    """The largest batch, up to --batch-size, that is likely to fit: of 8 and more a multiple of 4. A try that
+    doesn't fit costs a compilation, minutes for 48 layers."""
+    layers, channels = shape_of(args)
+    parameters = (args.vocab_size + args.seq_len) * channels + 12 * layers * channels**2
+    left = USABLE * memory_bytes - PARAMETER_BYTES[args.optimizer] * parameters
+    token = ACTIVATION_BYTES * layers * channels + LOGIT_BYTES * args.vocab_size
+    batch = max(1, int(left / (token * args.seq_len)))
+    return min(args.batch_size, batch if batch < 8 else batch // 4 * 4)
+
+
+def smaller(batch):
+    return batch - max(1, batch // 4)
+
+
 def train(args, batch, device):
     """Milliseconds of each timed step, and the last loss."""
-    layers, channels = MODELS[args.model]
-    model = Gpt2(args.layers or layers, args.channels or channels, args.vocab_size, args.seq_len).to(device)
+    model = Gpt2(*shape_of(args), args.vocab_size, args.seq_len).to(device)
     optimizer = make_optimizer(args.optimizer, model, device)
     step_model = torch.compile(model, mode=args.compile_mode) if args.compile else model
     generator = torch.Generator(device=device).manual_seed(1)
-    times, loss = [], None
-    for step in range(args.warmup + args.steps):
-        shape = (batch, args.seq_len + 1)
-        text = torch.randint(min(50257, args.vocab_size), shape, device=device, generator=generator)
-        begin = mark(device)
+    updates = args.warmup + args.steps
+    shape, tokens = (updates, batch, args.seq_len + 1), min(50257, args.vocab_size)
+    texts = torch.randint(tokens, shape, device=device, generator=generator)
+    ends, loss = [mark(device)], None
+    for text in texts:
         optimizer.zero_grad(set_to_none=True)
         for _ in range(args.micro_steps):
             with torch.autocast(device_type=device, dtype=torch.bfloat16):
@@ -114,12 +143,11 @@ def train(args, batch, device):
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        end = mark(device)
-        if step >= args.warmup:
-            times.append((begin, end))
+        ends.append(mark(device))
     if device == "cuda":
         torch.cuda.synchronize()
-    return [between_ms(begin, end) for begin, end in times], loss.item() * args.micro_steps
+    step_ms = [between_ms(begin, end) for begin, end in itertools.pairwise(ends)]
+    return step_ms[args.warmup :], loss.item() * args.micro_steps
 
 
 def mark(device):
@@ -150,12 +178,22 @@ def main():
     parser.add_argument("--warmup", type=int, default=5, help="updates before them, which compile")
     parser.add_argument("--compile", type=int, choices=(0, 1), default=1)
     parser.add_argument("--compile-mode", default="default", help="torch.compile's mode")
-    parser.add_argument("--fit", action="store_true", help="halve the batch until it fits the GPU's memory")
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="take the batch that is estimated to fit the GPU's memory, at most --batch-size, and less until "
+        "it does",
+    )
+    parser.add_argument("--start", type=int, help="first batch of --fit, in place of the estimate")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
     batch = args.batch_size
+    if args.fit and args.start:
+        batch = args.start
+    elif args.fit and device == "cuda":
+        batch = estimated_batch(args, torch.cuda.get_device_properties(0).total_memory)
     while True:
         try:
             ms, loss = train(args, batch, device)
@@ -163,7 +201,8 @@ def main():
         except torch.OutOfMemoryError:
             if not args.fit or batch == 1:
                 sys.exit(f"--batch-size {batch} does not fit this GPU's memory; give less, or --fit")
-        batch //= 2
+        print(f"B={batch} does not fit, trying {smaller(batch)}", flush=True)
+        batch = smaller(batch)
         gc.collect()
         torch.cuda.empty_cache()
         torch.compiler.reset()
