@@ -179,7 +179,7 @@ CHECKS = [
     (r"\.venv/bin/python -m pytest", check_pytest),
     (r"\.venv/bin/python dev/roofline\.py", lambda command, clone: run(command, clone)),
     (rf"\.venv/bin/python ({'|'.join(map(re.escape, HEAVY_PYTHON))})", check_flags),
-    (r"dev/gpu_check\.sh", check_stage),
+    (r"([A-Z_]+=\S+ )*dev/gpu_check\.sh", check_stage),
 ]
 COMMANDS = [(page, part) for page in PAGES for line in commands(page) for part in line.split(" && ")]
 MADE = {word for _, command in COMMANDS if command.startswith("make ") for word in command.split()[1:]}
