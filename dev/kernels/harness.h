@@ -41,6 +41,8 @@ class Harness {
     Gpu gpu;
 
     Harness(const char* op, int argc, char** argv) : op_(op) {
+        // Line by line into a file too: a kernel that hangs must leave the rows before it.
+        std::setvbuf(stdout, nullptr, _IOLBF, 0);
         for (int i = 1; i < argc; i++)
             if (std::strcmp(argv[i], "--bench") == 0) bench = true;
             else if (std::strcmp(argv[i], "--small") == 0) small = true;
