@@ -45,7 +45,11 @@ inline constexpr int kBlockRows = kWarps * kWarpRows;  // queries or keys that a
 // Which tensor-core products a launch uses: mma.sync runs from sm_80 on, wgmma on compute capability 9.0.
 // Without a GPU to measure it on, wgmma isn't the default; this word makes it so on Hopper, forward and
 // backward. A build that runs there has code for sm_90a: ptx.cuh refuses sm_90 without the a.
+#ifdef ATTENTION_WGMMA  // make ATTENTION=mma_sync|wgmma
+inline constexpr bool kPreferWgmma = ATTENTION_WGMMA;
+#else
 inline constexpr bool kPreferWgmma = false;
+#endif
 enum class Products { Preferred, MmaSync, Wgmma };
 inline bool use_wgmma(Products products, const Gpu& gpu) {
     if (products != Products::Preferred) return products == Products::Wgmma;

@@ -319,7 +319,8 @@ class Gpt2 {
                         .N = N, .C = C, .OC = 4 * C, .write = write}, range(BlockGemms));
         bias_backward(d.fcb, scratch_.get(), act.dfch, N, 4 * C, write, range(BiasGradient));
         layernorm_backward(act.dresidual, {d.ln2w, d.ln2b, d.attprojb}, scratch_.get(), act.dnorm,
-                           a.residual2, w.ln2w, a.ln2_mean, a.ln2_rstd, N, C, Write::Add, write, range(Layernorm));
+                           a.residual2, w.ln2w, a.ln2_mean, a.ln2_rstd, N, C, Write::Add, write,
+                           range(Layernorm));
     }
 
     // Through the first half of block l: dresidual, the gradient of residual2, becomes that of the block's

@@ -399,7 +399,7 @@ void test(Harness& h) {
     test_against_reference(h, {3, 33, 3}, 1.0);
     test_against_reference(h, {1, 96, 12}, 1.0);
     test_against_reference(h, {1, 300, 1}, 2.0);
-    test_against_reference(h, {1, 1024, 2}, 1.0);
+    if (!h.small) test_against_reference(h, {1, 1024, 2}, 1.0);
     test_against_reference(h, {1, 129, 2}, 60.0, " scores to 1e4");
     test_against_reference(h, {1, 200, 1}, 0.0, " zeros");
     test_determinism(h, {2, 260, 2});

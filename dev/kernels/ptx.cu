@@ -485,7 +485,7 @@ void test_barriers(Harness& h) {
     h.check("barrier_sync, __syncwarp, __syncthreads", right);
 }
 
-// ---- sm_90: barriers in shared memory, bulk copies (9.7.13.15 mbarrier; 9.7.9.25 cp.async.bulk) ------------
+// ---- sm_90: barriers in shared memory, bulk copies (9.7.13.15 mbarrier; 9.7.9.25 cp.async.bulk) ----------
 
 struct PhasesShared {
     int value[64];
@@ -554,7 +554,7 @@ void test_bulk_copies(Harness& h) {
     std::vector<__nv_bfloat16> x(static_cast<size_t>(kB) * kT * kWidth);
     for (size_t i = 0; i < x.size(); i++) {
         const uint16_t bits = static_cast<uint16_t>(i + 1);  // any bits; none are zero before 65535
-        memcpy(&x[i], &bits, 2);
+        memcpy(static_cast<void*>(&x[i]), &bits, 2);
     }
     auto device_x = h.to_device(x);
     const std::vector<int> row = h.random_ints(128, 1 << 20);
