@@ -150,6 +150,13 @@ def table() -> list[Mutation]:
                 "if (inside == MatmulEpilogue::Dgelu) plan.descriptors.set_aux(x.b);",
             ),
             ("alpha = 1.0f,", "alpha = 0.5f,"),
+            ("set_bias(adds_later ? x.scratch : x.dbias);", "set_bias(x.dbias);"),
+            ("&& adds_later) add_bias_slices(", "&& false) add_bias_slices("),
+            (
+                "static_cast<int64_t>(key.m), key.write, gpu);",
+                "static_cast<int64_t>(key.m), Write::Add, gpu);",
+            ),
+            ("x.dbias ? MatmulEpilogue::Bgrad", "x.dbias ? MatmulEpilogue::None"),
             (
                 "{.a = x.weight, .b = x.inp, .d = x.out, .bias = x.bias, .pre_gelu_out = x.pre_gelu}",
                 "{.a = x.weight, .b = x.inp, .d = x.pre_gelu, .bias = x.bias, .pre_gelu_out = x.out}",

@@ -410,7 +410,9 @@ def update_kernels(s, optimizer_bytes):
     ]
 
 
-def kernels_of(s, optimizer_bytes=30, adds=False, gelu_fused=(True, True), arch="sm_90a"):
+def kernels_of(
+    s, optimizer_bytes=30, adds=False, gelu_fused=(True, True), bias_gradient_fused=False, arch="sm_90a"
+):
     """Every launch of a micro-step and of the update. adds: weight gradients are added to earlier ones."""
     out = block_products(s, adds, False)
     for kernel in out:  # the epilogue's own tensor
@@ -419,15 +421,15 @@ def kernels_of(s, optimizer_bytes=30, adds=False, gelu_fused=(True, True), arch=
         ):
             kernel.floor_bytes += BF16 * s.tokens * 4 * s.channels
             kernel.bytes = kernel.floor_bytes
-    return (
-        out
-        + head_products(s, adds)
+    out += (
+        head_products(s, adds)
         + attention_kernels(s)
         + layernorm_kernels(s, arch)
         + gelu_kernels(s, arch, *gelu_fused)
         + other_kernels(s, arch)
         + update_kernels(s, optimizer_bytes)
     )
+    return [kernel for kernel in out if kernel.group != "bias gradients" or not bias_gradient_fused]
 
 
 # ---- what costs beside the floor ---------------------------------------------------------------------------
@@ -535,12 +537,16 @@ class Group:
         return 1e3 * max(self.flop / gpu.product_flops, self.bytes / gpu.copy_bytes)
 
 
-def update_groups(s, gpu, optimizer_bytes=30, micro_steps=1, gelu_fused=(True, True)):
+def update_groups(
+    s, gpu, optimizer_bytes=30, micro_steps=1, gelu_fused=(True, True), bias_gradient_fused=False
+):
     """{group: Group} of one update."""
     arch = "sm_80" if gpu.name == "A100" else "sm_90a"
     groups = {}
     for adds, times in ((False, 1), (True, micro_steps - 1)):
-        for kernel in kernels_of(s, optimizer_bytes, adds, gelu_fused, arch) if times else []:
+        if not times:
+            continue
+        for kernel in kernels_of(s, optimizer_bytes, adds, gelu_fused, bias_gradient_fused, arch):
             if kernel.per_update and adds:
                 continue
             calls = kernel.calls * (1 if kernel.per_update else times)
@@ -640,11 +646,12 @@ def print_measured(path):
         tuple(scale * rate for rate in like.attention_flops),
         "measured in this run",
     )
-    fused = [
+    forward, backward, bias = (
         any(f" {epilogue} " in plan and plan.endswith("fused 1") for plan in head["plans"])
-        for epilogue in ("gelu_bias", "dgelu")
-    ]
-    groups = update_groups(s, gpu, OPTIMIZER_BYTES[head["optimizer"]], profile["micro_steps"], fused)
+        for epilogue in ("gelu_bias", "dgelu", "bgrad")
+    )
+    state_bytes = OPTIMIZER_BYTES[head["optimizer"]]
+    groups = update_groups(s, gpu, state_bytes, profile["micro_steps"], (forward, backward), bias)
     print(f"{path}: {gpu.name}, {head['precision']}, {head['optimizer']}, commit {head['commit']}")
     print(
         f"ceilings {gpu.product_flops / 1e12:.0f} TFLOP/s, {gpu.copy_bytes / 1e12:.2f} TB/s; "

@@ -121,6 +121,14 @@ inline size_t bias_backward_scratch_floats(int64_t rows, int64_t cols) {
     return static_cast<size_t>(bias_backward_slices(rows, cols) * cols);
 }
 
+// dbias (cols) = or += partial (slices, cols) summed over the slices. Async on gpu.stream, deterministic.
+inline void add_bias_slices(float* dbias, const float* partial, int64_t slices, int64_t cols, Write write,
+                            Gpu& gpu) {
+    launch<BiasFinishShared>(bias_backward_finish_kernel,
+                             {ceil_div(cols, kWarpSize), kBiasFinishRows * kWarpSize}, gpu, dbias, partial,
+                             slices, cols, write);
+}
+
 // dbias (cols) = or += column sums of dout (rows, cols), in fp32.
 //   scratch: bias_backward_scratch_floats(rows, cols) floats, contents lost. Requires cols % x128::size == 0,
 //   rows > 0. Async on gpu.stream, deterministic.
@@ -130,7 +138,5 @@ inline void bias_backward(float* dbias, float* scratch, const floatX* dout, int6
     const dim3 grid(static_cast<unsigned>(ceil_div(cols, kBiasColumns)), static_cast<unsigned>(slices));
     launch<BiasBackwardShared>(bias_backward_partial_kernel, {grid, dim3(kBiasThreads)}, gpu, scratch, dout,
                                rows, cols, slice_rows);
-    launch<BiasFinishShared>(bias_backward_finish_kernel,
-                             {ceil_div(cols, kWarpSize), kBiasFinishRows * kWarpSize}, gpu, dbias, scratch,
-                             slices, cols, write);
+    add_bias_slices(dbias, scratch, slices, cols, write, gpu);
 }

@@ -315,9 +315,8 @@ class Gpt2 {
                         .N = N, .C = 4 * C, .OC = C, .write = write}, range(BlockGemms));
         matmuls_.dgrad({.dinp = act.dnorm, .dout = act.dfch, .weight = w.fcw,
                         .N = N, .C = C, .OC = 4 * C}, range(BlockGemms));
-        matmuls_.wgrad({.dweight = d.fcw, .inp = a.ln2, .dout = act.dfch,
-                        .N = N, .C = C, .OC = 4 * C, .write = write}, range(BlockGemms));
-        bias_backward(d.fcb, scratch_.get(), act.dfch, N, 4 * C, write, range(BiasGradient));
+        matmuls_.wgrad({.dweight = d.fcw, .inp = a.ln2, .dout = act.dfch, .N = N, .C = C, .OC = 4 * C,
+                        .write = write, .dbias = d.fcb, .scratch = scratch_.get()}, range(BlockGemms));
         layernorm_backward(act.dresidual, {d.ln2w, d.ln2b, d.attprojb}, scratch_.get(), act.dnorm,
                            a.residual2, w.ln2w, a.ln2_mean, a.ln2_rstd, N, C, Write::Add, write,
                            range(Layernorm));

@@ -3,16 +3,16 @@
 //
 //     forward   out (N, OC)     = inp (N, C) weight (C, OC) + bias (OC)   NN   [then gelu; its input kept]
 //     dgrad     dinp (N, C)     = dout (N, OC) weight^T                   TN   [times gelu'(pre_gelu)]
-//     wgrad     dweight (C, OC) = or += inp^T dout, fp32                  NT
+//     wgrad     dweight (C, OC) = or += inp^T dout, fp32                  NT   [and dout's column sums]
 //     head      logits (N, Vp)  = x (N, C) wte (Vp, C)^T                  TN   tied to the token embedding
 //               dx (N, C)       = dlogits wte                             NN
 //               dwte (Vp, C)    = or += dlogits^T x, fp32                 NT
 //
-// Sums are fp32, in the fp32 build without TF32. A gelu or a bias may ride in the product's own kernel (an
-// epilogue) or follow it in one of ours: which is faster depends on GPU and library, so both are candidates.
-// For each distinct product `Matmuls` asks the library's heuristic for algorithms, tries each, times those
-// that work on random numbers, keeps the fastest, and remembers it on disk; what was kept can be written down
-// as text and used again, by other ranks and by a resumed run.
+// Sums are fp32, in the fp32 build without TF32. A gelu, a bias or a bias's gradient may ride in the
+// product's own kernel (an epilogue) or follow it in one of ours: which is faster depends on GPU and library,
+// so both are candidates. For each distinct product `Matmuls` asks the library's heuristic for algorithms,
+// tries each, times those that work on random numbers, keeps the fastest, and remembers it on disk; what was
+// kept can be written down as text and used again, by other ranks and by a resumed run.
 //
 // Source: NVIDIA, cuBLAS library documentation, "Using the cuBLASLt API".
 #pragma once
@@ -28,7 +28,7 @@
 #include <utility>
 #include <vector>
 #include <cublasLt.h>
-#include "llmc/bias.cuh"       // bias_forward, and bias_backward for those who include this
+#include "llmc/bias.cuh"       // bias_forward, bias_backward
 #include "llmc/fatal.h"        // fatal, warn
 #include "llmc/gelu.cuh"       // gelu_forward, gelu_backward
 #include "llmc/gpu.cuh"        // Gpu, floatX, Write
@@ -61,8 +61,9 @@ struct MatmulOperands {
     const floatX *a, *b;
     void* d;
     const floatX* bias = nullptr;
-    floatX* pre_gelu_out = nullptr;    // GeluBias
-    const floatX* pre_gelu = nullptr;  // Dgelu
+    floatX* pre_gelu_out = nullptr;              // GeluBias
+    const floatX* pre_gelu = nullptr;            // Dgelu
+    float *dbias = nullptr, *scratch = nullptr;  // Bgrad: (m), and bias_backward_scratch_floats(k, m)
 };
 
 // What cuBLASLt is told of a product, made once.
@@ -79,8 +80,8 @@ struct MatmulDescriptors {
         set(CUBLASLT_MATMUL_DESC_TRANSA, static_cast<int32_t>(op_a));
         set(CUBLASLT_MATMUL_DESC_TRANSB, static_cast<int32_t>(op_b));
         constexpr cublasLtEpilogue_t kEpilogues[] = {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS,
-                                                     CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
-                                                     CUBLASLT_EPILOGUE_DGELU};
+                                                     CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU,
+                                                     CUBLASLT_EPILOGUE_BGRADA};
         set(CUBLASLT_MATMUL_DESC_EPILOGUE, static_cast<uint32_t>(kEpilogues[static_cast<int>(epilogue)]));
         // The heuristic reads no bias or auxiliary matrix, but takes its pointer's alignment for what may be
         // relied on.
@@ -88,7 +89,8 @@ struct MatmulDescriptors {
         const bool has_aux = epilogue == MatmulEpilogue::GeluBias || epilogue == MatmulEpilogue::Dgelu;
         if (has_aux) set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, static_cast<int64_t>(key.m));
         if (has_aux) set_aux(aligned_as_ours);
-        if (epilogue == MatmulEpilogue::Bias || epilogue == MatmulEpilogue::GeluBias)
+        if (epilogue == MatmulEpilogue::Bias || epilogue == MatmulEpilogue::GeluBias ||
+            epilogue == MatmulEpilogue::Bgrad)
             set_bias(aligned_as_ours);
         a = matrix(kCudaTypeX, op_a == CUBLAS_OP_N ? key.m : key.k, op_a == CUBLAS_OP_N ? key.k : key.m);
         b = matrix(kCudaTypeX, op_b == CUBLAS_OP_N ? key.k : key.n, op_b == CUBLAS_OP_N ? key.n : key.k);
@@ -187,18 +189,26 @@ inline cublasStatus_t start_plan(MatmulPlan& plan, const MatmulOperands& x, Gpu&
         plan.descriptors.set_bias(x.bias);
     if (inside == MatmulEpilogue::GeluBias) plan.descriptors.set_aux(x.pre_gelu_out);
     if (inside == MatmulEpilogue::Dgelu) plan.descriptors.set_aux(x.pre_gelu);
+    // The library assigns a bias gradient, of D's type, whatever beta is.
+    const bool adds_later = inside == MatmulEpilogue::Bgrad && key.write == Write::Add;
+    if (inside == MatmulEpilogue::Bgrad) plan.descriptors.set_bias(adds_later ? x.scratch : x.dbias);
     void* d = key.epilogue == MatmulEpilogue::GeluBias && !fused ? x.pre_gelu_out : x.d;
     const float alpha = 1.0f, beta = key.write == Write::Add ? 1.0f : 0.0f;
     const MatmulDescriptors& t = plan.descriptors;
     const cublasStatus_t status = cublasLtMatmul(
         gpu.cublaslt, t.operation.get(), &alpha, x.a, t.a.get(), x.b, t.b.get(), &beta, d, t.d.get(), d,
         t.d.get(), &plan.algorithm, gpu.workspace.get(), plan.workspace_bytes, gpu.stream);
+    if (status == CUBLAS_STATUS_SUCCESS && adds_later)
+        add_bias_slices(x.dbias, x.scratch, 1, static_cast<int64_t>(key.m), Write::Add, gpu);
     if (fused || status != CUBLAS_STATUS_SUCCESS) return status;
     floatX* out = static_cast<floatX*>(x.d);
     if (key.epilogue == MatmulEpilogue::Bias)
         bias_forward(out, x.bias, static_cast<int64_t>(key.n), static_cast<int64_t>(key.m), gpu);
     if (key.epilogue == MatmulEpilogue::GeluBias) gelu_forward(out, x.pre_gelu_out, key.m * key.n, gpu);
     if (key.epilogue == MatmulEpilogue::Dgelu) gelu_backward(out, out, x.pre_gelu, key.m * key.n, gpu);
+    if (key.epilogue == MatmulEpilogue::Bgrad)
+        bias_backward(x.dbias, x.scratch, x.a, static_cast<int64_t>(key.k), static_cast<int64_t>(key.m),
+                      key.write, gpu);
     return status;
 }
 
@@ -306,14 +316,23 @@ class MatmulTuningMemory {
         const size_t d_bytes = key.m * key.n * (key.fp32_out ? sizeof(float) : sizeof(floatX));
         const bool has_pre_gelu =
             key.epilogue == MatmulEpilogue::GeluBias || key.epilogue == MatmulEpilogue::Dgelu;
-        const size_t elements[] = {key.m * key.k, key.k * key.n, key.m, has_pre_gelu ? key.m * key.n : 1};
-        size_t offsets[4], total = 0;
-        for (int i = 0; i < 4; i++) {
-            offsets[i] = total;
-            total += (elements[i] * sizeof(floatX) + 255) / 256 * 256;
-        }
+        const bool has_dbias = key.epilogue == MatmulEpilogue::Bgrad;
+        const size_t scratch_floats =
+            has_dbias ? bias_backward_scratch_floats(static_cast<int64_t>(key.k), static_cast<int64_t>(key.m))
+                      : 0;
+        const size_t random[] = {key.m * key.k, key.k * key.n, key.m, has_pre_gelu ? key.m * key.n : 1};
+        const size_t zeros[] = {d_bytes, has_dbias ? key.m * sizeof(float) : 1,
+                                scratch_floats * sizeof(float)};
+        size_t offsets[7], total = 0, part = 0;
+        auto place = [&](size_t bytes) {
+            offsets[part++] = total;
+            total += (bytes + 255) / 256 * 256;
+        };
+        for (const size_t elements : random) place(elements * sizeof(floatX));
+        const size_t random_bytes = total;
+        for (const size_t bytes : zeros) place(bytes);
         unsigned char* memory = nullptr;
-        if (cudaMalloc(reinterpret_cast<void**>(&memory), total + d_bytes) != cudaSuccess) {
+        if (cudaMalloc(reinterpret_cast<void**>(&memory), total) != cudaSuccess) {
             cudaGetLastError();  // forgotten: it was only a question
             return;
         }
@@ -321,10 +340,17 @@ class MatmulTuningMemory {
         floatX* parts[4];
         for (int i = 0; i < 4; i++) {
             parts[i] = reinterpret_cast<floatX*>(memory + offsets[i]);
-            fill_random(parts[i], elements[i], static_cast<uint64_t>(i), gpu);
+            fill_random(parts[i], random[i], static_cast<uint64_t>(i), gpu);
         }
-        CUDA_CHECK(cudaMemsetAsync(memory + total, 0, d_bytes, gpu.stream));
-        operands_ = {parts[0], parts[1], memory + total, parts[2], parts[3], parts[3]};
+        CUDA_CHECK(cudaMemsetAsync(memory + random_bytes, 0, total - random_bytes, gpu.stream));
+        operands_ = {.a = parts[0],
+                     .b = parts[1],
+                     .d = memory + offsets[4],
+                     .bias = parts[2],
+                     .pre_gelu_out = parts[3],
+                     .pre_gelu = parts[3],
+                     .dbias = reinterpret_cast<float*>(memory + offsets[5]),
+                     .scratch = reinterpret_cast<float*>(memory + offsets[6])};
     }
     explicit operator bool() const { return memory_ != nullptr; }
     const MatmulOperands& operands() const { return operands_; }
@@ -431,6 +457,8 @@ struct MatmulWgrad {
     const floatX *inp, *dout;  // (N, C), (N, OC)
     int64_t N, C, OC;
     Write write;
+    // (OC) = or += dout's column sums, or none; scratch: bias_backward_scratch_floats(N, OC), contents lost.
+    float *dbias = nullptr, *scratch = nullptr;
 };
 
 // The sizes that a training run multiplies by: tokens of a micro-step, rows of logits at once.
@@ -466,9 +494,11 @@ class Matmuls {
         product(dgrad_key(x.N, x.C, x.OC, MatmulEpilogue::Dgelu),
                 {.a = x.weight, .b = x.dout, .d = x.dinp, .pre_gelu = x.pre_gelu}, gpu);
     }
-    // dweight = or += inp^T dout.
+    // dweight = or += inp^T dout [and dbias].
     void wgrad(const MatmulWgrad& x, Gpu& gpu) {
-        product(wgrad_key(x.OC, x.C, x.N, x.write), {.a = x.dout, .b = x.inp, .d = x.dweight}, gpu);
+        const MatmulEpilogue epilogue = x.dbias ? MatmulEpilogue::Bgrad : MatmulEpilogue::None;
+        product(wgrad_key(x.OC, x.C, x.N, x.write, epilogue),
+                {.a = x.dout, .b = x.inp, .d = x.dweight, .dbias = x.dbias, .scratch = x.scratch}, gpu);
     }
 
     // The head: weight is wte (OC = Vp, C), its rows the outputs.  out = inp wte^T.
@@ -506,8 +536,8 @@ class Matmuls {
         };
         for (Write write : {Write::Assign, Write::Add}) {
             if (write == Write::Add && !model.accumulate) continue;
-            for (int64_t width : {int64_t{3}, int64_t{1}, int64_t{4}})
-                keys.push_back(wgrad_key(width * C, C, N, write));
+            for (int64_t width : {int64_t{3}, int64_t{1}}) keys.push_back(wgrad_key(width * C, C, N, write));
+            keys.push_back(wgrad_key(4 * C, C, N, write, MatmulEpilogue::Bgrad));  // fc
             keys.push_back(wgrad_key(C, 4 * C, N, write));
             keys.push_back(wgrad_key(C, Vp, R, write));
         }
@@ -543,8 +573,9 @@ class Matmuls {
     static MatmulKey dgrad_key(int64_t N, int64_t C, int64_t OC, MatmulEpilogue epilogue) {
         return {MatmulLayout::TN, epilogue, false, Write::Assign, size_t(C), size_t(N), size_t(OC)};
     }
-    static MatmulKey wgrad_key(int64_t cols, int64_t rows, int64_t N, Write write) {
-        return {MatmulLayout::NT, MatmulEpilogue::None, true, write, size_t(cols), size_t(rows), size_t(N)};
+    static MatmulKey wgrad_key(int64_t cols, int64_t rows, int64_t N, Write write,
+                               MatmulEpilogue epilogue = MatmulEpilogue::None) {
+        return {MatmulLayout::NT, epilogue, true, write, size_t(cols), size_t(rows), size_t(N)};
     }
 
     // The plan of a product, made now if there is none yet.
@@ -624,7 +655,8 @@ class Matmuls {
                 else if (works(*plan)) plans.push_back(std::move(*plan));
             }
         };
-        if (may_fuse) propose(true);
+        // A bias gradient rides only where that was tried and measured.
+        if (may_fuse && (key.epilogue != MatmulEpilogue::Bgrad || tuning_.measure)) propose(true);
         // The epilogue in a kernel of ours is another way, and the only one where the library's own fail.
         // Where the library offers one algorithm, and it works, there is nothing to choose.
         if (key.epilogue != MatmulEpilogue::None && (proposed != 1 || plans.empty())) propose(false);

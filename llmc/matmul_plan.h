@@ -36,6 +36,7 @@ enum class MatmulEpilogue {
     Bias,      // + bias
     GeluBias,  // pre_gelu = product + bias is stored too, then gelu
     Dgelu,     // times gelu'(pre_gelu)
+    Bgrad,     // of a weight gradient: the bias's gradient too, op(A)'s sums over k
 };
 
 // One product of the program; equal keys share a plan.
@@ -51,7 +52,7 @@ struct MatmulKey {
 
 inline std::string text_of_key(const MatmulKey& key) {
     constexpr const char* kLayouts[] = {"nn", "tn", "nt"};
-    constexpr const char* kEpilogues[] = {"none", "bias", "gelu_bias", "dgelu"};
+    constexpr const char* kEpilogues[] = {"none", "bias", "gelu_bias", "dgelu", "bgrad"};
     return text_of("%s %zux%zux%zu %s>%s %s %s", kLayouts[static_cast<int>(key.layout)], key.m, key.n, key.k,
                    kPrecisionName, key.fp32_out ? "fp32" : kPrecisionName,
                    kEpilogues[static_cast<int>(key.epilogue)], key.write == Write::Add ? "add" : "assign");

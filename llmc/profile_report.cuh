@@ -103,7 +103,7 @@ struct UpdateShape {
     int64_t micro_steps;
     double parameters;             // N
     double optimizer_state_bytes;  // a parameter
-    bool gelu_fused_forward, gelu_fused_backward;
+    bool gelu_fused_forward, gelu_fused_backward, bias_gradient_fused;
 };
 
 inline constexpr double kBytesX = sizeof(floatX);
@@ -172,7 +172,8 @@ inline GroupWork elementwise_work(const Gpt2Config& c, const UpdateShape& u) {
                                                        : 1) +
                                  (c.recompute == Recompute::gelu_layernorm ? 1 : 0);
     work(Group::Gelu).bytes = L * 4 * row * (2 * gelu_forwards + (u.gelu_fused_backward ? 0 : 3));
-    work(Group::BiasGradient).bytes = L * 4 * row;  // of fc; the others ride in attention and layernorm
+    // Of fc, where its weight gradient doesn't bring it; the others ride in attention and layernorm.
+    work(Group::BiasGradient).bytes = u.bias_gradient_fused ? 0 : L * 4 * row;
     work(Group::Classifier).bytes =
         2 * kBytesX * N * c.shape.padded_vocab_size();  // logits read, gradient written
     return w;
@@ -193,28 +194,37 @@ inline GroupWork update_work(const Gpt2Config& config, const UpdateShape& u) {
     return w;
 }
 
-// ---- gelu inside products --------------------------------------------------------------------------------
+// ---- what rides in products ------------------------------------------------------------------------------
 
-// Where a product's plan leaves GELU to a kernel of ours, that kernel runs inside the product's range. It is
-// timed alone here, and its time moved to its own group. Overwrites activations of the model.
-inline void split_gelu(GroupTimes& times, Gpt2& model, const UpdateShape& u, double steps, Gpu& gpu) {
+// Where a product's plan leaves GELU or a bias gradient to a kernel of ours, that kernel runs inside the
+// product's range. It is timed alone here, and its time moved to its own group. Overwrites activations and
+// gradients of the model.
+inline void split_epilogues(GroupTimes& times, Gpt2& model, const UpdateShape& u, double steps, Gpu& gpu) {
     constexpr int kRuns = 10;
     const Gpt2Config& c = model.config;
-    const size_t n = static_cast<size_t>(c.batch_size) * c.seq_len * 4 * c.shape.channels;
+    const int64_t N = static_cast<int64_t>(c.batch_size) * c.seq_len, width = 4 * int64_t{c.shape.channels};
+    const size_t n = static_cast<size_t>(N * width);
     const Activations a = model.act.layer(0);
     const double launches = steps * static_cast<double>(u.micro_steps) * c.shape.layers;
-    auto move = [&](double calls, auto f) {
+    auto move = [&](Group group, double calls, auto f) {
         f();
         double& products_ms = times.ms[static_cast<size_t>(Group::BlockGemms)];
         const double ms = std::min(calls * 1e-3 * mean_us(kRuns, f, gpu), products_ms);  // no time twice
         products_ms -= ms;
-        times.ms[static_cast<size_t>(Group::Gelu)] += ms;
-        times.calls[static_cast<size_t>(Group::Gelu)] += static_cast<int64_t>(calls);
+        times.ms[static_cast<size_t>(group)] += ms;
+        times.calls[static_cast<size_t>(group)] += static_cast<int64_t>(calls);
     };
     if (!u.gelu_fused_forward)
-        move((c.recompute == Recompute::block ? 2 : 1) * launches,
+        move(Group::Gelu, (c.recompute == Recompute::block ? 2 : 1) * launches,
              [&] { gelu_forward(a.fch_gelu, a.fch, n, gpu); });
-    if (!u.gelu_fused_backward) move(launches, [&] { gelu_backward(a.dfch, a.dfch, a.fch, n, gpu); });
+    if (!u.gelu_fused_backward)
+        move(Group::Gelu, launches, [&] { gelu_backward(a.dfch, a.dfch, a.fch, n, gpu); });
+    if (!u.bias_gradient_fused) {
+        const DeviceBuffer<float> scratch(bias_backward_scratch_floats(N, width));
+        move(Group::BiasGradient, launches, [&] {
+            bias_backward(model.gradients.layer(0).fcb, scratch, a.dfch, N, width, Write::Assign, gpu);
+        });
+    }
 }
 
 // ---- the report ------------------------------------------------------------------------------------------
@@ -256,9 +266,11 @@ inline ProfileReport profile_report(Gpt2& model, Matmuls& matmuls, const Ceiling
         .optimizer_state_bytes = static_cast<double>(updates.state_bytes) / state_elements,
         .gelu_fused_forward = fused(Matmuls::forward_key(tokens, C, 4 * C, MatmulEpilogue::GeluBias)),
         .gelu_fused_backward = fused(Matmuls::dgrad_key(tokens, 4 * C, C, MatmulEpilogue::Dgelu)),
+        .bias_gradient_fused = fused(Matmuls::wgrad_key(
+            4 * C, C, tokens, updates.micro_steps > 1 ? Write::Add : Write::Assign, MatmulEpilogue::Bgrad)),
     };
     GroupTimes times = model.profile.collect(gpu);
-    split_gelu(times, model, update, steps, gpu);
+    split_epilogues(times, model, update, steps, gpu);
     return {.steps = static_cast<int64_t>(steps),
             .micro_steps = updates.micro_steps,
             .tokens = updates.micro_steps * tokens,

@@ -262,35 +262,74 @@ void test_dgrad(Harness& h, Shape s, int candidates) {
     });
 }
 
-void test_wgrad(Harness& h, Shape s, int candidates) {
+// Sums over the rows of dout, for the bias, and the bound of fp32 sums in any order.
+struct ColumnSums {
+    std::vector<double> sum, bound;
+    ColumnSums(const std::vector<floatX>& dout, const std::vector<float>& before, int64_t N, int64_t OC)
+        : sum(OC), bound(OC) {
+        for (int64_t j = 0; j < OC; j++) {
+            double magnitude = std::fabs(static_cast<double>(before[j]));
+            sum[j] = static_cast<double>(before[j]);
+            for (int64_t i = 0; i < N; i++) {
+                const double x = static_cast<double>(float(dout[i * OC + j]));
+                sum[j] += x, magnitude += std::fabs(x);
+            }
+            bound[j] = 2 * kU32 * static_cast<double>(N + 1) * magnitude;
+        }
+    }
+};
+
+// dweight, and with Bgrad the bias's gradient too.
+void test_wgrad(Harness& h, Shape s, MatmulEpilogue epilogue, int candidates) {
     const auto inp = h.random<floatX>(s.N * s.C), dout = h.random<floatX>(s.N * s.OC);
     const auto before = h.random<float>(s.C * s.OC, std::sqrt(double(s.N)));
+    const auto bias_before = h.random<float>(s.OC, std::sqrt(double(s.N)));
     const auto d_inp = h.to_device(inp), d_dout = h.to_device(dout);
+    const auto scratch = h.poisoned<float>(bias_backward_scratch_floats(s.N, s.OC));
     const Reference r = reference(
         h, s.C, s.OC, s.N, [&](size_t i, size_t k) { return float(inp[k * s.C + i]); },
         [&](size_t k, size_t j) { return float(dout[k * s.OC + j]); });
     for (Write write : {Write::Assign, Write::Add}) {
+        const bool adds = write == Write::Add, with_bias = epilogue == MatmulEpilogue::Bgrad;
         std::vector<double> want(r.sum), magnitude(r.magnitude);
-        for (size_t i = 0; write == Write::Add && i < want.size(); i++)
+        for (size_t i = 0; adds && i < want.size(); i++)
             want[i] += before[r.at[i]], magnitude[i] += std::fabs(double(before[r.at[i]]));
-        for_candidates(
-            h, Matmuls::wgrad_key(s.OC, s.C, s.N, write), candidates, [&](Matmuls& m, auto& label, bool) {
-                Guarded<float> dweight(h, s.C * s.OC), again(h, s.C * s.OC);
-                for (const Guarded<float>* d : {&dweight, &again}) {
-                    if (write == Write::Add) copy_to_device(d->get(), before.data(), before.size(), h.gpu);
-                    m.wgrad({.dweight = d->get(),
-                             .inp = d_inp,
-                             .dout = d_dout,
-                             .N = s.N,
-                             .C = s.C,
-                             .OC = s.OC,
-                             .write = write},
-                            h.gpu);
-                }
-                const std::string what = (write == Write::Add ? "wgrad += " : "wgrad = ") + s.text() + label;
-                compare_product(h, what, dweight, r, s.N + 1, want, magnitude);
-                if (dweight.to_host(h) != again.to_host(h)) h.check(what + ": the same bits twice", false);
-            });
+        const ColumnSums columns(dout, adds ? bias_before : std::vector<float>(s.OC), s.N, s.OC);
+        for_candidates(h, Matmuls::wgrad_key(s.OC, s.C, s.N, write, epilogue), candidates,
+                       [&](Matmuls& m, auto& label, bool) {
+                           struct Output {
+                               Guarded<float> dweight, dbias;
+                           };
+                           Output once{{h, size_t(s.C * s.OC)}, {h, size_t(s.OC)}},
+                               again{{h, size_t(s.C * s.OC)}, {h, size_t(s.OC)}};
+                           for (const Output* d : {&once, &again}) {
+                               if (adds)
+                                   copy_to_device(d->dweight.get(), before.data(), before.size(), h.gpu);
+                               if (adds)
+                                   copy_to_device(d->dbias.get(), bias_before.data(), bias_before.size(),
+                                                  h.gpu);
+                               m.wgrad({.dweight = d->dweight.get(),
+                                        .inp = d_inp,
+                                        .dout = d_dout,
+                                        .N = s.N,
+                                        .C = s.C,
+                                        .OC = s.OC,
+                                        .write = write,
+                                        .dbias = with_bias ? d->dbias.get() : nullptr,
+                                        .scratch = with_bias ? scratch.get() : nullptr},
+                                       h.gpu);
+                           }
+                           const std::string what = (adds ? "wgrad += " : "wgrad = ") + s.text() + label;
+                           compare_product(h, what, once.dweight, r, s.N + 1, want, magnitude);
+                           bool same = once.dweight.to_host(h) == again.dweight.to_host(h);
+                           if (with_bias) {
+                               const std::vector<float> dbias = once.dbias.to_host(h);
+                               h.compare(what + ": dbias", dbias, columns.sum, {}, columns.bound);
+                               same = same && dbias == again.dbias.to_host(h);
+                               if (!once.dbias.untouched(h)) h.check(what + ": only dbias is written", false);
+                           }
+                           if (!same) h.check(what + ": the same bits twice", false);
+                       });
     }
 }
 
@@ -776,7 +815,8 @@ int main(int argc, char** argv) {
         const int candidates = s.N == 200 && s.C == 1600 && !h.small ? 32 : 1;
         test_forward(h, s, candidates);
         test_dgrad(h, s, candidates);
-        test_wgrad(h, s, candidates);
+        test_wgrad(h, s, MatmulEpilogue::None, candidates);
+        test_wgrad(h, s, MatmulEpilogue::Bgrad, candidates);
     }
     test_head(h, 1, 64, 256);
     test_head(h, 63, 128, 384);

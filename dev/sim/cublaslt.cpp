@@ -17,7 +17,7 @@
 //     f   cublasLtMatmul refuses it, though cublasLtMatmulAlgoCheck does not
 //     n   is refused when made anew by cublasLtMatmulAlgoInit: it needs what no attribute tells
 //     x   the heuristic fails
-//     F N X   the same where the epilogue has a GELU; elsewhere it works
+//     F N X   the same where the epilogue has a GELU or a bias gradient; elsewhere it works
 #pragma GCC optimize("O3")  // the loops over elements, as vectors
 #include "cublasLt.h"
 
@@ -80,6 +80,7 @@ cublasStatus_t copy_attribute(T& field, const void* value, size_t bytes) {
 }
 
 bool has_bias(uint32_t epilogue) { return epilogue & CUBLASLT_EPILOGUE_BIAS; }
+bool has_bias_gradient(uint32_t epilogue) { return epilogue == CUBLASLT_EPILOGUE_BGRADA; }
 bool has_aux(uint32_t epilogue) { return epilogue & 128; }
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kAlignment == 0; }
 
@@ -100,8 +101,10 @@ cublasStatus_t check_problem(const cublasLtMatmulDescOpaque_t* t, const Layout* 
     if (m > INT32_MAX || n > INT32_MAX || k > INT32_MAX) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (a->type != b->type || c->type != d->type) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (a->type == CUDA_R_32F && d->type != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (t->epilogue != CUBLASLT_EPILOGUE_DEFAULT && d->type != a->type) return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (has_bias(t->epilogue) && !t->bias) return CUBLAS_STATUS_INVALID_VALUE;
+    const bool keeps_type = t->epilogue == CUBLASLT_EPILOGUE_DEFAULT || has_bias_gradient(t->epilogue);
+    if (!keeps_type && d->type != a->type) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if ((has_bias(t->epilogue) || has_bias_gradient(t->epilogue)) && !t->bias)
+        return CUBLAS_STATUS_INVALID_VALUE;
     if (has_aux(t->epilogue) && (!t->aux || t->aux_ld < static_cast<int64_t>(m)))
         return CUBLAS_STATUS_INVALID_VALUE;
     if (has_aux(t->epilogue) && t->aux_ld % 8) return CUBLAS_STATUS_NOT_SUPPORTED;
@@ -109,19 +112,21 @@ cublasStatus_t check_problem(const cublasLtMatmulDescOpaque_t* t, const Layout* 
 }
 
 // The letters of SIM_CUBLASLT for a product, an algorithm each; numbered from 1.
-std::string algorithms(bool has_gelu) {
+std::string algorithms(bool capitals) {
     const char* setting = getenv("SIM_CUBLASLT");
     std::string letters = setting && *setting ? setting : "w";
     if (letters.find_first_not_of("wfnxFNX") != std::string::npos)
         sim::stop("SIM_CUBLASLT=%s: wants letters of wfnxFNX", setting);
     for (char& c : letters)
-        if (isupper(c)) c = has_gelu ? static_cast<char>(tolower(c)) : 'w';
+        if (isupper(c)) c = capitals ? static_cast<char>(tolower(c)) : 'w';
     return letters;
 }
 
+bool rides(uint32_t epilogue) { return has_aux(epilogue) || has_bias_gradient(epilogue); }
+
 // What becomes of an algorithm in this product; 0 where there is no such algorithm.
 char fate_of(const cublasLtMatmulAlgo_t* algo, const cublasLtMatmulDescOpaque_t* desc) {
-    const std::string letters = algorithms(has_aux(desc->epilogue));
+    const std::string letters = algorithms(rides(desc->epilogue));
     const uint32_t id = algo->values[CUBLASLT_ALGO_CONFIG_ID];
     for (int i = 0; i < 9; i++)
         if (i != CUBLASLT_ALGO_CONFIG_ID && algo->values[i] != (i == CUBLASLT_ALGO_CONFIG_SPLITK_NUM))
@@ -188,6 +193,10 @@ void check_operands(const Product& x) {
     if (x.beta != 0) check_memory(c);
     if (x.beta != 0 && x.C != x.D) apart(d, c);
     if (has_bias(x.t.epilogue)) check_memory(bias), apart(d, bias);
+    if (has_bias_gradient(x.t.epilogue)) {
+        check_memory(bias);
+        for (const Range& other : {a, b, d, workspace}) apart(bias, other);
+    }
     if (has_aux(x.t.epilogue)) check_memory(aux), apart(d, aux);
     if (x.workspace_bytes > 0) {
         check_memory(workspace);
@@ -271,6 +280,19 @@ void finish_tile(const Product& x, float* sum, uint64_t i0, uint64_t j0, uint64_
     }
 }
 
+// The bias gradient of BGRADA: row i's sum of op(A) (m, k), of D's type, assigned whatever beta is.
+void sum_rows(const Product& x, const Floats& a) {
+    const bool transposed = x.t.transa == CUBLAS_OP_T;
+    void* gradient = const_cast<void*>(x.t.bias);
+    for (uint64_t i = 0; i < x.m(); i++) {
+        double sum = 0;
+        for (uint64_t k = 0; k < x.k(); k++) sum += a.p[transposed ? i * a.ld + k : k * a.ld + i];
+        const float value = static_cast<float>(x.alpha * sum);
+        if (x.d.type == CUDA_R_32F) static_cast<float*>(gradient)[i] = value;
+        else static_cast<__nv_bfloat16*>(gradient)[i] = static_cast<__nv_bfloat16>(value);
+    }
+}
+
 void compute(const Product& x) {
     // Small enough that a training step of a small model has work for several cores, large enough for
     // OpenBLAS.
@@ -278,6 +300,7 @@ void compute(const Product& x) {
     check_operands(x);
     if (x.workspace_bytes) memset(x.workspace, 0xff, x.workspace_bytes);
     const Floats a = as_floats(x.A, x.a), b = as_floats(x.B, x.b);
+    if (has_bias_gradient(x.t.epilogue)) sum_rows(x, a);
     const bool ta = x.t.transa == CUBLAS_OP_T, tb = x.t.transb == CUBLAS_OP_T;
     const uint64_t m = x.m(), n = x.n(), tiles_m = (m + kTileM - 1) / kTileM,
                    tiles_n = (n + kTileN - 1) / kTileN;
@@ -354,7 +377,8 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
     for (const int32_t op : {t.transa, t.transb})
         if (op != CUBLAS_OP_N && op != CUBLAS_OP_T) return CUBLAS_STATUS_INVALID_VALUE;
     constexpr uint32_t kEpilogues[] = {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS,
-                                       CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU};
+                                       CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU,
+                                       CUBLASLT_EPILOGUE_BGRADA};
     if (std::find(std::begin(kEpilogues), std::end(kEpilogues), t.epilogue) == std::end(kEpilogues))
         return CUBLAS_STATUS_INVALID_VALUE;
     *desc = t;
@@ -414,7 +438,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
     for (const uint32_t bytes : preference->alignment)
         if (bytes < kAlignment) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (preference->workspace_bytes < kWorkspaceBytes) return CUBLAS_STATUS_NOT_SUPPORTED;
-    const std::string letters = algorithms(has_aux(desc->epilogue));
+    const std::string letters = algorithms(rides(desc->epilogue));
     if (letters.find('x') != std::string::npos) return CUBLAS_STATUS_INTERNAL_ERROR;
     for (; *found < wanted && *found < static_cast<int>(letters.size()); ++*found) {
         cublasLtMatmulHeuristicResult_t& result = results[*found] = {};
@@ -502,7 +526,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     if (workspace_bytes < kWorkspaceBytes || !workspace) return CUBLAS_STATUS_INVALID_VALUE;
     for (const void* p : {A, B, C, static_cast<const void*>(D), static_cast<const void*>(workspace)})
         if (!aligned(p)) return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (has_bias(desc->epilogue) && !aligned(desc->bias)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if ((has_bias(desc->epilogue) || has_bias_gradient(desc->epilogue)) && !aligned(desc->bias))
+        return CUBLAS_STATUS_NOT_SUPPORTED;
     if (has_aux(desc->epilogue) && !aligned(desc->aux)) return CUBLAS_STATUS_NOT_SUPPORTED;
 
     const Product product{*desc,

@@ -651,6 +651,18 @@ def test_recomputed_gelu_is_the_one_of_the_forward_pass(train):
     assert plan.endswith(" fused 0")
 
 
+def test_a_bias_gradient_rides_in_a_product_only_where_that_is_measured(train):
+    """fc's: by the library, beside its weight gradient, or in a pass of ours; the same gradient."""
+    runs = [
+        train(tune=tune, total_batch=64, batch_size=1) for tune in (0, 1)
+    ]  # the first assigns, others add
+    for run, fused in zip(runs, (0, 1), strict=True):
+        plans = [plan for plan in run.kind("run")[0]["plans"] if " bgrad " in plan]
+        assert len(plans) == 2
+        assert all(plan.endswith(f" fused {fused}") for plan in plans)
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=rounding())
+
+
 # ---- what cuBLASLt may do: SIM_CUBLASLT, a letter an algorithm (dev/sim/cublaslt.cpp)
 
 
@@ -663,11 +675,11 @@ def test_algorithms_that_fail_are_dropped(train):
         plans = other.kind("run")[0]["plans"]
         assert all(f" = algo {algorithm} " in plan for plan in plans)
         assert other.losses == pytest.approx(run.losses, rel=rounding())
-    for letters in ("F", "X"):  # products with a GELU of their own fail, and ours takes their place
+    for letters in ("F", "X"):  # products with a GELU or a bias gradient fail, and ours takes their place
         other = train(tune=1, env={"SIM_CUBLASLT": letters})
         assert other.err == ""
         for plan in other.kind("run")[0]["plans"]:
-            assert plan.endswith(f" fused {0 if 'gelu' in plan else 1}")
+            assert plan.endswith(f" fused {0 if 'gelu' in plan or 'bgrad' in plan else 1}")
         assert other.losses == pytest.approx(run.losses, rel=rounding())
 
 

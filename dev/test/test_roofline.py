@@ -224,6 +224,12 @@ def test_measured_table(profiled):
     assert "attention backward" in run.stdout
 
 
+def test_a_bias_gradient_that_rides_in_a_product_costs_nothing():
+    alone, riding = (update_groups(D12, GPUS["H100"], bias_gradient_fused=fused) for fused in (False, True))
+    assert alone.keys() - riding.keys() == {"bias gradients"}
+    assert all(alone[name].predicted_ms == group.predicted_ms for name, group in riding.items())
+
+
 def test_log_without_a_profile_is_refused(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"kind":"run"}\n')
     run = subprocess.run(
