@@ -11,15 +11,20 @@
 namespace sim {
 namespace {
 
-constexpr unsigned kPiece = 16;  // bytes that move as one
+constexpr unsigned kPiece = 16;                        // bytes that move as one
+constexpr unsigned kMostBytes = (1u << 20) - 1;        // that a phase can wait for
+constexpr uint64_t kBarrierMark = 0x2172656972726162;  // what a barrier's eight bytes hold here
 
 MemoryBarrier& find_barrier(const void* address, const char* word, Where where) {
     check_shared(address, sizeof(uint64_t), word, where);
-    for (MemoryBarrier& b : worker->memory_barriers)
-        if (b.address == address) {
-            if (race_on) race_touch(address, sizeof(uint64_t), false, where);
-            return b;
-        }
+    for (MemoryBarrier& b : worker->memory_barriers) {
+        if (b.address != address) continue;
+        uint64_t mark;
+        memcpy(&mark, address, sizeof(mark));
+        if (mark != kBarrierMark) fail(where, "%s: the barrier's eight bytes were written by somebody", word);
+        if (race_on) race_touch(address, sizeof(uint64_t), false, where);
+        return b;
+    }
     fail(where, "%s: nobody has initialised the barrier at offset %zu", word,
          static_cast<size_t>(static_cast<const unsigned char*>(address) - worker->shared));
 }
@@ -110,6 +115,8 @@ void memory_barrier_init(const void* address, unsigned arrivals, Where where) {
     b.expected = b.pending = arrivals;
     b.thread = w.current->thread;
     b.where = where;
+    b.waited.assign(w.threads, -1);
+    memcpy(const_cast<void*>(address), &kBarrierMark, sizeof(kBarrierMark));
     w.memory_barriers.push_back(b);
 }
 
@@ -129,6 +136,9 @@ void memory_barrier_arrive(const void* address, unsigned bytes, const char* word
              word, b.expected);
     if (race_on) race_memory_barrier_arrive(b);
     b.bytes += bytes;
+    if (bytes > kMostBytes || b.bytes > kMostBytes)
+        fail(where, "%s: %lld bytes for one phase; a barrier counts to %u", word,
+             static_cast<long long>(b.bytes), kMostBytes);
     if (--b.pending == 0 && b.bytes == 0 && b.copies.empty()) complete_phase(*worker, b);
 }
 
@@ -136,15 +146,19 @@ void memory_barrier_wait(const void* address, unsigned parity, Where where) {
     Worker& w = *worker;
     if (parity > 1) fail(where, "mbarrier_wait for parity %u; wants 0 or 1", parity);
     MemoryBarrier& b = find_barrier(address, "mbarrier_wait", where);
-    uint32_t& waited = b.waited[w.warp - w.warps];
-    const uint32_t lane = 1u << w.lane;
-    if (parity == 1 && !(waited & lane))
+    // Parity tells two phases apart: the running one, which is waited for, and the one before, which passes.
+    const bool passes = b.phase % 2 != parity;
+    const int64_t wanted = static_cast<int64_t>(b.phase) - passes;
+    int64_t& waited = b.waited[w.current->thread];
+    if (wanted != waited + 1)
         fail(where,
-             "mbarrier_wait: this thread's first wait at the barrier is for parity 1; where phase 0 is still "
-             "under way that passes at once, so it must wait for phase 0 before");
-    waited |= lane;
-    if (b.phase % 2 == parity) {
-        b.waiting[w.warp - w.warps] |= lane;
+             "mbarrier_wait for parity %u: here that is phase %lld, and the last one that this thread has "
+             "waited "
+             "for is %lld; who leaves one out or waits twice can't know which phase the parity stands for",
+             parity, static_cast<long long>(wanted), static_cast<long long>(waited));
+    waited = wanted;
+    if (!passes) {
+        b.waiting[w.warp - w.warps] |= 1u << w.lane;
         b.wait_where = where;
         wait();  // meanwhile the list of barriers may grow, and b move
     }

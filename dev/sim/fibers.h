@@ -141,7 +141,8 @@ struct MemoryBarrier {
     unsigned thread;             // that initialised it
     bool fenced;                 // so that copies see it
     Where where, wait_where;
-    uint32_t waiting[kMaxWarps], waited[kMaxWarps];  // lanes: now, and ever
+    uint32_t waiting[kMaxWarps];  // lanes
+    std::vector<int64_t> waited;  // the last phase that each thread has waited for, -1: none
     std::vector<Copy> copies;
     std::vector<uint32_t> clocks, complete_clocks;  // what those know who have arrived; the race record's
 };

@@ -207,23 +207,40 @@ SIM_QUIET inline uint32_t swizzled_pair(const unsigned char* tile, int row, int 
     return low | uint32_t{high} << 16;
 }
 
-// What a product reads, for the race record: the block of the right tile, and of the left one all 64 rows,
-// since nothing says that a warp's part of the product reads the warp's own rows alone.
-SIM_QUIET inline void record_product(const sim::WarpgroupProducts::Product& p, int lane) {
-    for (int i = lane; i < 128; i += 32) {
-        const int row = i / 2, chunk = p.at / 8 + i % 2;
-        const unsigned char* right =
-            p.transposed ? swizzled_chunk(p.tile, row, chunk) : swizzled_chunk(p.tile, p.at + i / 8, i % 8);
-        sim::race_proxy_read(right, 16, p.where);
-        if (p.left) sim::race_proxy_read(swizzled_chunk(p.left, row, chunk), 16, p.where);
+// f(chunk) for this lane's share of the 16-byte chunks that a product reads: a block of the right tile, and
+// of the left one all 64 rows, since nothing says that a warp's part of the product reads the warp's own rows
+// alone.
+template <class F>
+SIM_QUIET inline void each_chunk(const unsigned char* left, const unsigned char* tile, int at,
+                                 bool transposed, F f) {
+    for (int i = sim::worker->lane; i < 128; i += 32) {
+        const int row = i / 2, chunk = at / 8 + i % 2;
+        f(transposed ? swizzled_chunk(tile, row, chunk) : swizzled_chunk(tile, at + i / 8, i % 8));
+        if (left) f(swizzled_chunk(left, row, chunk));
     }
+}
+
+// Starts a product, which may read from now on: its operands must be there, and ordered before it.
+SIM_QUIET inline void start_product(float (&d)[8][4], const uint32_t* a, const unsigned char* left,
+                                    const unsigned char* tile, int at, bool transposed, bool add,
+                                    sim::Where where) {
+    sim::product_issue(d, a, left, tile, at, transposed, add, where);
+    each_chunk(left, tile, at, transposed, [where](const unsigned char* chunk) SIM_QUIET {
+        uint32_t word;
+        memcpy(&word, chunk, 4);
+        if (word == sim::kPoison)
+            sim::fail(where, "a warpgroup product starts before its operand is there; a wait may be missing");
+        if (sim::race_on) [[unlikely]]
+            sim::race_proxy_read(chunk, 16, where);
+    });
 }
 
 // 16 rows of the result of each warp, 8 columns at a time.
 SIM_QUIET inline void warpgroup_product(float (&d)[8][4], sim::WarpgroupProducts::Product& p) {
     const int lane = sim::worker->lane, k = p.at + lane % 4 * 2;
-    if (sim::race_on) [[unlikely]]
-        record_product(p, lane);
+    if (sim::race_on) [[unlikely]]  // it may have read until now
+        each_chunk(p.left, p.tile, p.at, p.transposed,
+                   [&p](const unsigned char* chunk) SIM_QUIET { sim::race_proxy_read(chunk, 16, p.where); });
     if (p.left) {
         const int row = sim::worker->current->thread / 32 % 4 * 16 + lane / 4;
         for (int i = 0; i < 4; i++) {
@@ -273,18 +290,18 @@ inline void wgmma_wait_all(float (&d)[8][4]) { wgmma_wait<0>(d); }
 template <bool kAdd>
 inline void wgmma_transposed(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile, int column,
                              sim::Where where = sim::Where::current()) {
-    sim::product_issue(d, a, nullptr, tile, column, true, kAdd, where);
+    detail::start_product(d, a, nullptr, tile, column, true, kAdd, where);
 }
 
 inline void wgmma(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile, int row,
                   sim::Where where = sim::Where::current()) {
-    sim::product_issue(d, a, nullptr, tile, row, false, true, where);
+    detail::start_product(d, a, nullptr, tile, row, false, true, where);
 }
 
 template <bool kAdd>
 inline void wgmma_tiles(float (&d)[8][4], const unsigned char* left, const unsigned char* right, int column,
                         sim::Where where = sim::Where::current()) {
-    sim::product_issue(d, nullptr, left, right, column, true, kAdd, where);
+    detail::start_product(d, nullptr, left, right, column, true, kAdd, where);
 }
 
 }  // namespace ptx

@@ -353,11 +353,31 @@ void race_touch(const void* p, size_t bytes, bool write, Where where) {
     touch(address, bytes, write, false, worker->current->thread, site_of(where), region_of(*worker, address));
 }
 
+namespace {
+
+// The asynchronous proxy reads or writes bytes, in one page of shared memory: what ordinary stores wrote
+// there before, their thread must have fenced since.
+void check_proxy_fenced(Record& r, uintptr_t address, size_t bytes, const char* word, bool write,
+                        Where where) {
+    const Page& page = r.pages[address / kPageBytes];
+    for (size_t i = 0; i < bytes; i += size_t{1} << page.shift) {
+        const Access& w = page.cells[(address + i) % kPageBytes >> page.shift].write;
+        if (w.launch != r.launch || w.by_proxy || r.proxy_fenced[w.thread] >= w.clock) continue;
+        const Access now{r.launch, r.block, 0, worker->current->thread, 0, 0, site_of(where)};
+        stop("kernel %s: %s, and %s, %s, without a fence_async_proxy between them",
+             kernel_name(worker->launch->kernel).c_str(), access_text(w, true).c_str(), word,
+             access_text(now, write).c_str());
+    }
+}
+
+}  // namespace
+
 uint32_t race_async_issue(void* to, const void* from, Where where, bool by_proxy) {
     Record& r = record();
     const unsigned me = worker->current->thread;
     const auto target = reinterpret_cast<uintptr_t>(to), source = reinterpret_cast<uintptr_t>(from);
     if (!r.pending.empty()) check_pending(r, target, 16, me, site_of(where), true);
+    if (by_proxy) check_proxy_fenced(r, target, 16, "a bulk copy", true, where);
     touch(r, target, 16, true, Access{r.launch, r.block, r.clock[me], me, 0, by_proxy, site_of(where)});
     if (from && region_of(*worker, source) == Region::Device)
         touch(source, 16, false, false, me, site_of(where), Region::Device);
@@ -383,21 +403,9 @@ void race_proxy_fence() {
     r.proxy_fenced[me] = r.clock[me]++;
 }
 
-// A read of the asynchronous proxy, for the running thread and in one page of shared memory: of what the same
-// proxy wrote, or of what its writer has fenced since.
 void race_proxy_read(const void* p, size_t bytes, Where where) {
     race_touch(p, bytes, false, where);
-    Record& r = record();
-    const auto address = reinterpret_cast<uintptr_t>(p);
-    const Page& page = r.pages[address / kPageBytes];
-    for (size_t i = 0; i < bytes; i += size_t{1} << page.shift) {
-        const Access& w = page.cells[(address + i) % kPageBytes >> page.shift].write;
-        if (w.launch != r.launch || w.by_proxy || r.proxy_fenced[w.thread] >= w.clock) continue;
-        const Access now{r.launch, r.block, 0, worker->current->thread, 0, 0, site_of(where)};
-        stop("kernel %s: %s, and a warpgroup product, %s, without a fence_async_proxy between them",
-             kernel_name(worker->launch->kernel).c_str(), access_text(w, true).c_str(),
-             access_text(now, false).c_str());
-    }
+    check_proxy_fenced(record(), reinterpret_cast<uintptr_t>(p), bytes, "a warpgroup product", false, where);
 }
 
 namespace {

@@ -15,7 +15,8 @@ enum class Bug {
     NoWait,            // nobody waits for a tile
     WarpWithoutWait,   // one warp relies on the other's wait
     ParityStays,       // the stage's second tile is waited for as its first
-    PhaseSkipped,      // a warp doesn't wait for the first tile, and so not for the third either
+    PhaseSkipped,      // a warp doesn't wait for the first tiles
+    LaterSkipped,      // or for a later one
     NoEmpty,           // a stage is filled again without waiting for its readers
     EarlyRelease,      // a stage is given back before it is read
     NoSyncwarp,        // one lane gives it back while others still read
@@ -23,8 +24,10 @@ enum class Bug {
     NoSyncthreads,     // nor other threads
     NotInitialised,    // a barrier is used that nobody has initialised,
     TwiceInitialised,  // or that was initialised before
+    Overwritten,       // a barrier's own bytes
     TooFewBytes,       // fewer are announced than come,
-    TooManyBytes,      // or more
+    TooManyBytes,      // or more,
+    HugeBytes,         // or more than a barrier can count
     TooFewArrivals,    // than the barrier counts,
     TooManyArrivals,   // or more
     NotWaitedFor,      // a tile is loaded that nobody reads
@@ -44,12 +47,16 @@ __global__ void ring_kernel(float* out, const float* in) {
         if (bug != Bug::NoFence) ptx::fence_async_proxy();
     }
     if (bug != Bug::NoSyncthreads) __syncthreads();
+    if (bug == Bug::Overwritten && threadIdx.x == 0) s.full[1] = 0;
     const int loaded = bug == Bug::NotWaitedFor ? kTiles + 1 : kTiles;
     const auto load = [&](int tile) {
         const int stage = tile % kStages;
         if (tile >= kStages && bug != Bug::NoEmpty)
             ptx::mbarrier_wait(&s.empty[stage], (tile / kStages - 1) % 2);  // BUG empty
-        const unsigned bytes = bug == Bug::TooFewBytes ? 1008 : bug == Bug::TooManyBytes ? 1040 : 1024;
+        const unsigned bytes = bug == Bug::TooFewBytes    ? 1008
+                               : bug == Bug::TooManyBytes ? 1040
+                               : bug == Bug::HugeBytes    ? 1 << 20
+                                                          : 1024;
         ptx::mbarrier_arrive_expect(&s.full[stage], bytes);                        // BUG arrive
         ptx::bulk_load(s.tile[stage], in + tile * kFloats, 1024, &s.full[stage]);  // BUG load
         if (bug == Bug::TooManyArrivals) ptx::mbarrier_arrive(&s.full[stage]);     // BUG too_many
@@ -64,7 +71,8 @@ __global__ void ring_kernel(float* out, const float* in) {
         if (threadIdx.x == 0 && tile + 1 < loaded) load(tile + 1);
         const int stage = tile % kStages;
         const bool waits = bug != Bug::NoWait && !(bug == Bug::WarpWithoutWait && warp == 1) &&
-                           !(bug == Bug::PhaseSkipped && warp == 1 && tile < kStages);
+                           !(bug == Bug::PhaseSkipped && warp == 1 && tile < kStages) &&
+                           !(bug == Bug::LaterSkipped && warp == 1 && tile == kStages);
         if (waits)
             ptx::mbarrier_wait(&s.full[stage], bug == Bug::ParityStays ? 0 : tile / kStages % 2);  // BUG wait
         if (bug == Bug::EarlyRelease) release(tile);
@@ -157,8 +165,16 @@ int main(int argc, char** argv) {
         {"warp_without_wait", "normal", "", "sum of the tiles: element 32 is -?nan",
          ring<Bug::WarpWithoutWait, kStages>},
         {"parity_stays", "normal", "",
-         "ring_kernel.*mbarrier_arrive_expect.*nobody has waited for them.*@arrive", ring<Bug::ParityStays>},
-        {"phase_skipped", "normal", "", "ring_kernel.*first wait.*parity 1.*@wait", ring<Bug::PhaseSkipped>},
+         "ring_kernel.*(nobody has waited for them.*@arrive|mbarrier_wait for parity 0.*@wait)",
+         ring<Bug::ParityStays>},
+        {"phase_skipped", "normal", "", "ring_kernel.*mbarrier_wait for parity 1.*waited.*@wait",
+         ring<Bug::PhaseSkipped>},
+        {"later_skipped", "normal", "", "ring_kernel.*mbarrier_wait for parity.*waited.*@wait",
+         ring<Bug::LaterSkipped, 7>},
+        {"overwritten", "normal", "", "ring_kernel.*eight bytes were written.*@arrive",
+         ring<Bug::Overwritten>},
+        {"huge_bytes", "normal", "", "ring_kernel.*1048576 bytes for one phase.*@arrive",
+         ring<Bug::HugeBytes>},
         {"no_empty", "normal", "", "sum of the tiles: element \\d+ is -?nan", ring<Bug::NoEmpty>},
         {"early_release", "race", "", "ring_kernel.*(@read.*@load|@load.*@read|under way)",
          ring<Bug::EarlyRelease>},

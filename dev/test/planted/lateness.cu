@@ -69,6 +69,38 @@ void product(Gpu& gpu) {
     expect("product", fetch(out.get(), 128, gpu), [](size_t) { return 16; });
 }
 
+struct EarlyShared {
+    alignas(1024) unsigned char bytes[64 * 128];
+    ptx::Mbarrier full;
+};
+
+// A product that is started before the wait for its tile, though it is waited for after it.
+__global__ void early_product_kernel(float* out, const float* in) {
+    EarlyShared& s = shared<EarlyShared>();
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(&s.full, 1);
+        ptx::fence_async_proxy();
+        ptx::mbarrier_arrive_expect(&s.full, sizeof(s.bytes));
+        ptx::bulk_load(s.bytes, in, sizeof(s.bytes), &s.full);
+    }
+    __syncthreads();
+    const uint32_t a[4] = {};
+    float d[8][4];
+    ptx::wgmma_fence();
+    ptx::wgmma_transposed<false>(d, a, s.bytes, 0);  // BUG early_product
+    ptx::mbarrier_wait(&s.full, 0);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait_all(d);
+    out[threadIdx.x] = d[0][0];
+}
+
+void early_product(Gpu& gpu) {
+    DeviceBuffer<float> out(128), in(64 * 128 / 4);
+    fill_zero(in.get(), in.size(), gpu);
+    launch<EarlyShared>(early_product_kernel, {1, 128}, gpu, out.get(), in.get());
+    expect("product of zeros", fetch(out.get(), 128, gpu), [](size_t) { return 0; });
+}
+
 void no_synchronize(Gpu& gpu) {
     DeviceBuffer<float> x(kCount);
     PinnedBuffer<float> host(kCount);
@@ -223,6 +255,8 @@ int main(int argc, char** argv) {
         {"product_wait", "normal", "", "product: element 0 is -?nan", product<Product::NoWait>},
         {"product_tile_reused", "normal", "", "product: element 0 is 0, not 16",
          product<Product::TileReused>},
+        {"early_product", "normal", "", "early_product_kernel.*before its operand is there.*@early_product",
+         early_product},
         {"no_synchronize", "normal", "SIM_LATE=1", "copied to the host: element 0 is .*nothing has written",
          no_synchronize},
         {"pinned_reused", "normal", "SIM_LATE=1", "first buffer: element 0 is 2, not 1", pinned_reused},

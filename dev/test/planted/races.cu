@@ -195,6 +195,35 @@ __global__ void no_proxy_fence_kernel(float* out) {
     out[threadIdx.x] = d[0][0];
 }
 
+struct CopyTarget {
+    alignas(16) float x[128];
+    ptx::Mbarrier full;
+};
+
+// A bulk copy over what ordinary stores have written.
+__global__ void no_fence_before_copy_kernel(float* out, const float* in) {
+    CopyTarget& s = shared<CopyTarget>();
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(&s.full, 1);
+        ptx::fence_async_proxy();
+    }
+    s.x[threadIdx.x] = 1;  // BUG stored_before
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_arrive_expect(&s.full, sizeof(s.x));
+        ptx::bulk_load(s.x, in, sizeof(s.x), &s.full);  // BUG copied_over
+    }
+    ptx::mbarrier_wait(&s.full, 0);
+    out[threadIdx.x] = s.x[threadIdx.x];
+}
+
+void run_no_fence_before_copy(Gpu& gpu) {
+    DeviceBuffer<float> out(128), in(128);
+    fill_zero(in.get(), 128, gpu);
+    launch<CopyTarget>(no_fence_before_copy_kernel, {1, 128}, gpu, out.get(), in.get());
+    gpu.synchronize();
+}
+
 void run_no_proxy_fence(Gpu& gpu) {
     DeviceBuffer<float> out(128);
     launch<SwizzledShared>(no_proxy_fence_kernel, {1, 128}, gpu, out.get());
@@ -246,6 +275,10 @@ int main(int argc, char** argv) {
          "no_proxy_fence_kernel.*writes at .*@stored, and a warpgroup product.*@no_proxy_fence, without a "
          "fence_async_proxy",
          run_no_proxy_fence},
+        {"no_fence_before_copy", "race", "",
+         "no_fence_before_copy_kernel.*writes at .*@stored_before, and a bulk copy.*@copied_over, without a "
+         "fence_async_proxy",
+         run_no_fence_before_copy},
         {"fresh_device", "race", "",
          "kernel .*fresh_device_kernel.*thread \\(0, 0, 0\\): reads memory that nothing has written yet, at "
          ".*@fresh_device: byte 0 of device memory",
