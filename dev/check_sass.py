@@ -68,16 +68,16 @@ def parse_sass(text):
 
 
 def overlaps(instructions):
-    """Whether a step's exponentials lie between a wait that leaves a product under way and the next wait."""
-    under_way, count = False, 0
+    """Whether the loop's exponentials, which are the last, lie between a wait that leaves a product under way
+    and the next wait."""
+    windows = [[False, 0]]  # from wait to wait: whether a product is under way, exponentials
     for instruction in instructions:
         if wait := WAIT.match(instruction):
-            under_way, count = wait[1] != "0", 0
+            windows.append([wait[1] != "0", 0])
         elif instruction.startswith("MUFU.EX2"):
-            count += 1
-            if under_way and count == EXPONENTIALS:
-                return True
-    return False
+            windows[-1][1] += 1
+    under_way, count = next((window for window in reversed(windows) if window[1]), (False, 0))
+    return under_way and count >= EXPONENTIALS
 
 
 def read_program(path, cuobjdump):

@@ -27,9 +27,9 @@
 // an SM for 128 x 64 scores, mma.sync's walked and split schemes beside it:
 //
 //                       products     shared memory     2^x     issue
-//     by queries             768               768     512       490
-//     by keys               1024               710     512       540
-//     wgmma, both           1792              1480    1024      1030
+//     by queries             768               768     512       460
+//     by keys               1024               710     512       490
+//     wgmma, both           1792              1480    1024       950
 //     mma.sync walked       2060              2440     512      1900
 //     mma.sync split        2900              2300    1024      1850
 //
@@ -160,7 +160,7 @@ struct QueryStage {
     alignas(1024) float2 stats[kWarpgroupKeys];
 };
 
-struct KeyBlockSm90Shared {  // 119 KB; registers allow one block an SM
+struct KeyBlockSm90Shared {  // 120 KB; registers allow one block an SM
     Tile<kBlockRows> k, v;
     Ring<QueryStage> ring;
     ptx::Mbarrier rows_full;
@@ -195,17 +195,14 @@ __device__ inline void mask_past_queries(float (&scores)[1][8][4]) {
             if (key + e / 2 * 8 > query + 8 * n + e % 2) scores[0][n][e] = -INFINITY;
 }
 
-// S^T (keys, queries) -> P^T in place, and D of this lane's queries 8 n + 2 (lane % 4) and the next.
-__device__ inline void probabilities_by_key(float (&p)[1][8][4], float (&dots)[8][2],
-                                            const float2 (&stats)[kWarpgroupKeys]) {
+// L and D of this lane's queries, 8 n + 2 (lane % 4) and the next.
+__device__ inline void load_stats(float (&logs)[8][2], float (&dots)[8][2],
+                                  const float2 (&stats)[kWarpgroupKeys]) {
     const int query = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         const float4 pair = *reinterpret_cast<const float4*>(&stats[8 * n + query]);  // {L, D, L, D}
-        dots[n][0] = pair.y, dots[n][1] = pair.w;
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-            p[0][n][e] = ptx::ex2(fmaf(p[0][n][e], kScaleLog2, e % 2 ? -pair.z : -pair.x));
+        logs[n][0] = pair.x, logs[n][1] = pair.z, dots[n][0] = pair.y, dots[n][1] = pair.w;
     }
 }
 
@@ -241,18 +238,23 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 1)
     uint32_t left_ds[4][4];  // of the step before
     fill(dk, 0.0f);
     fill(dv, 0.0f);
-    const auto step = [&](int tile, auto first) {
-        constexpr bool kFirst = decltype(first)::value;
+    const auto step = [&](int tile, auto first_step) {
+        constexpr bool kFirst = decltype(first_step)::value;
         const QueryStage& stage = s.ring[tile];
-        float p[1][8][4], ds[1][8][4], dots[8][2];
+        float p[1][8][4], ds[1][8][4], logs[8][2], dots[8][2];
         s.ring.wait(tile);
         ptx::wgmma_fence();
         start_scores(p, k, stage.q);
         if constexpr (!kFirst) start_sum(dk, left_ds, s.ring[tile - 1].q);
         start_scores(ds, v, stage.d_o);
+        if constexpr (!kFirst) ptx::wgmma_wait<3>(dv[0]);  // left_p's registers are free for the statistics
+        load_stats(logs, dots, stage.stats);
         ptx::wgmma_wait<kFirst ? 1 : 2>(p[0]);
         if constexpr (kFirst) mask_past_queries(p);
-        probabilities_by_key(p, dots, stage.stats);
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) p[0][n][e] = ptx::ex2(fmaf(p[0][n][e], kScaleLog2, -logs[n][e % 2]));
         if (s.ring.loads_ahead(tile, tiles)) queries.load(s.ring, tile + s.ring.kAhead);
         if constexpr (!kFirst) {
             ptx::wgmma_wait<1>(dk[0]);

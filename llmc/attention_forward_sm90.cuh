@@ -20,7 +20,7 @@
 //
 // NOT the default (kPreferWgmma in attention_tile.cuh): compiled (122 registers, no spill, nothing
 // serialised) and run in the simulator, not measured on a GPU. Computed cycles of an SM for a tile of 128 x
-// 64, mma.sync's in brackets: products 512 (826), 2^x 512 (512), instruction issue 495 (660), shared memory
+// 64, mma.sync's in brackets: products 512 (826), 2^x 512 (512), instruction issue 460 (660), shared memory
 // 384 (512). So the bound falls from 826 to 512, and at T = 1024 one may hope for 265 to 300 TFLOP/s where
 // mma.sync reaches 230: 1% of a step. What would be next: blocks that stay and take one query block after
 // another, so that the first loads and the last stores of a block are hidden by more than the SM's other one.

@@ -38,31 +38,41 @@ struct BackwardArguments {
 };
 
 // {L, D} of `count` queries of a head from `first` on go to row_stats and, where it isn't null, to `copy`;
-// {0, 0} beyond T: there Q, dO are zeros too, so that P = 1, dS = 0, and nothing is added anywhere. Eight
-// lanes a query, so that a warp reads whole rows; the block's threads all come, count is a multiple of
-// kBlockThreads / 8.
+// {0, 0} beyond T: there Q, dO are zeros too, so that P = 1, dS = 0, and nothing is added anywhere. The
+// block's threads all come; count is a multiple of kBlockRows. Eight lanes a query, so that a warp reads
+// whole rows, and of a block's rows each lane writes one. A branch or a store between the loads would make
+// each wait for the last.
 template <int kBlockThreads>
 __device__ inline void store_query_stats(const BackwardArguments& a, int head, int first, int count,
                                          float2* copy) {
     const HeadRows<const bf16> out = plain_rows(a.out, head, a.T, a.NH),
                                dout = plain_rows(a.dout, head, a.T, a.NH);
+    constexpr int kStep = kBlockThreads / 8, kRows = kBlockRows / kStep;  // rows of a lane at once: 8, or 4
     const int thread = ptx::opaque(threadIdx.x), chunk = thread % 8;
-#pragma unroll 4  // eight loads at once; sixteen would make the walking kernel spill
-    for (int i = thread / 8; i < count; i += kBlockThreads / 8) {
-        const int query = first + i;
-        float dot = 0.0f;
-        if (query < a.T) {
-            const Pack128<bf16> x = load128(out.row(query) + chunk * Pack128<bf16>::size),
-                                y = load128(dout.row(query) + chunk * Pack128<bf16>::size);
+    const float* lse = a.lse + static_cast<size_t>(head) * a.T;
+    for (int i = thread / 8; i < count; i += kBlockRows) {
+        Pack128<bf16> x[kRows], y[kRows];
 #pragma unroll
-            for (int k = 0; k < Pack128<bf16>::size; k++) dot = fmaf(x[k], y[k], dot);
+        for (int u = 0; u < kRows; u++) {
+            const int query = min(first + i + u * kStep, a.T - 1);
+            x[u] = load128(out.row(query) + chunk * Pack128<bf16>::size);
+            y[u] = load128(dout.row(query) + chunk * Pack128<bf16>::size);
         }
+        const int mine = i + chunk % kRows * kStep, query = first + mine;  // that this lane writes
+        float2 stats{lse[min(query, a.T - 1)], 0.0f};
 #pragma unroll
-        for (int lanes = 1; lanes < 8; lanes *= 2) dot += __shfl_xor_sync(0xffffffffu, dot, lanes);
-        if (chunk == 0) {
-            const float2 stats{query < a.T ? a.lse[static_cast<size_t>(head) * a.T + query] : 0.0f, dot};
+        for (int u = 0; u < kRows; u++) {
+            float dot = 0.0f;
+#pragma unroll
+            for (int k = 0; k < Pack128<bf16>::size; k++) dot = fmaf(x[u][k], y[u][k], dot);
+#pragma unroll
+            for (int lanes = 1; lanes < 8; lanes *= 2) dot += __shfl_xor_sync(0xffffffffu, dot, lanes);
+            if (chunk == u) stats.y = dot;
+        }
+        if (query >= a.T) stats = float2{0.0f, 0.0f};
+        if (chunk < kRows) {
             a.stats_of(head)[query] = stats;
-            if (copy) copy[i] = stats;
+            if (copy) copy[mine] = stats;
         }
     }
 }
@@ -86,12 +96,14 @@ __device__ inline void store_column_sums(float* sums, const float (&c)[kM][8][4]
         *reinterpret_cast<float2*>(&partial[warp * 8 + lane / 4][8 * n + lane % 4 * 2]) = sum;
     }
     __syncthreads();
-    if (thread < kHeadSize) {
-        float sum = 0.0f;
-#pragma unroll 8
-        for (int i = 0; i < kPartialRows; i++) sum += partial[i][thread];
-        sums[thread] = sum * factor;
-    }
+    constexpr int kLanes = kPartialRows * 4 / kHeadSize;  // of the block's threads, for each column
+    const int column = thread / kLanes;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = thread % kLanes; i < kPartialRows; i += kLanes) sum += partial[i][column];
+#pragma unroll
+    for (int lanes = 1; lanes < kLanes; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    if (thread % kLanes == 0) sums[column] = sum * factor;
 }
 
 }  // namespace attention

@@ -15,7 +15,7 @@
 //
 // Thread 0 of the block sends for tiles beside its other work: no warp does nothing but load. In the step of
 // tile i that is tile i + 2, into the stage of tile i - 2: it waits for the other warpgroup only where that
-// is more than a step behind, and a copy has a step's time to come.
+// is about a step behind, and a copy has a step's time to come.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -100,15 +100,16 @@ struct Ring {
         }
     }
 
-    __device__ Stage& operator[](int tile) { return stage[tile % kStages]; }
-    __device__ static unsigned parity(int tile) { return static_cast<unsigned>(tile / kStages % 2); }
+    __device__ Stage& operator[](int tile) { return stage[slot(tile)]; }
+    __device__ static unsigned slot(int tile) { return static_cast<unsigned>(tile) % kStages; }
+    __device__ static unsigned parity(int tile) { return static_cast<unsigned>(tile) / kStages % 2; }
 
     // Announces the copies of a tile, which its stage is free for; returns the barrier that they name. The
     // thread that loads.
     __device__ ptx::Mbarrier* begin_load(int tile, unsigned bytes) {
-        if (tile >= kStages) ptx::mbarrier_wait(&empty[tile % kStages], parity(tile - kStages));
-        ptx::mbarrier_arrive_expect(&full[tile % kStages], bytes);
-        return &full[tile % kStages];
+        if (tile >= kStages) ptx::mbarrier_wait(&empty[slot(tile)], parity(tile - kStages));
+        ptx::mbarrier_arrive_expect(&full[slot(tile)], bytes);
+        return &full[slot(tile)];
     }
     // Whether, in the step of `tile`, this thread is to load tile + kAhead. The first kStages of all `tiles`
     // are loaded before the first step.
@@ -116,11 +117,11 @@ struct Ring {
         return threadIdx.x == 0 && tile + kAhead >= kStages && tile + kAhead < tiles;
     }
     // Every thread that reads the tile, before it does; tiles in their order, none left out.
-    __device__ void wait(int tile) { ptx::mbarrier_wait(&full[tile % kStages], parity(tile)); }
+    __device__ void wait(int tile) { ptx::mbarrier_wait(&full[slot(tile)], parity(tile)); }
     // Every warp, when its 32 threads have read the tile and their products with it are complete.
     __device__ void release(int tile) {
         __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&empty[tile % kStages]);
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&empty[slot(tile)]);
     }
 };
 

@@ -28,9 +28,9 @@ __device__ inline bool move_references(float (&reference)[kM][2], float (&correc
     for (int m = 0; m < kM; m++)
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            float x = -INFINITY;
+            float x = fmaxf(scores[m][0][2 * j], scores[m][0][2 * j + 1]);
 #pragma unroll
-            for (int n = 0; n < kTiles; n++)
+            for (int n = 1; n < kTiles; n++)
                 x = fmaxf(x, fmaxf(scores[m][n][2 * j], scores[m][n][2 * j + 1]));
             x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));  // the four lanes of a row
             x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));

@@ -226,11 +226,12 @@ __device__ inline void wgmma_wait_all(float (&d)[8][4]) { wgmma_wait<0>(d); }
 // The matrix descriptor of a tile's block that starts at byte `offset` of it: address / 16 in bits 0 .. 13,
 // 1024 bytes from eight rows to the next eight in bits 32 .. 45, swizzle mode 1 (128 bytes) in bits 62 .. 63;
 // the leading offset in bits 16 .. 29 isn't read, since no operand here is wider than a row of 128 bytes.
-// (PTX ISA, "Matrix Descriptor Format") The offset is added last, so that a tile's blocks share the rest.
+// (PTX ISA, "Matrix Descriptor Format") The offset is added last and in 64 bits, one instruction a product;
+// 14 bits hold all addresses of a block, so nothing is carried.
 __device__ inline uint64_t matrix_descriptor(const unsigned char* tile, int offset) {
     constexpr uint32_t kLeading = 1 << 16, kForm = 1024 >> 4 | 1 << 30;
-    const uint32_t start = (shared_address(tile) >> 4) + kLeading + static_cast<uint32_t>(offset / 16);
-    return uint64_t{kForm} << 32 | start;
+    const uint32_t start = (shared_address(tile) >> 4) + kLeading;
+    return (uint64_t{kForm} << 32 | start) + static_cast<uint64_t>(offset / 16);
 }
 
 // d (64, 64) = or, kAdd, += a (64, 16) times the transpose of the tile's block of 64 rows and 16 columns from

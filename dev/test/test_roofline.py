@@ -295,7 +295,7 @@ def sm90_listing(before, between, after):
 def test_a_wait_that_the_compiler_moved_up_is_found():
     good = check_sass.parse_sass(sm90_listing(2, 32, 0))
     assert check_sass.problems_of(good, "fp32") == ([], 1)
-    for moved in ((0, 0, 32), (32, 0, 0), (1, 31, 31)):
+    for moved in ((0, 0, 32), (32, 0, 0), (1, 31, 31), (0, 32, 32)):
         problems, passed = check_sass.problems_of(check_sass.parse_sass(sm90_listing(*moved)), "fp32")
         assert passed == 0
         assert "exponentials" in problems[0]
