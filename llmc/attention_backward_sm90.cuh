@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 2)
 
 struct QueryStage {
     Tile<kWarpgroupKeys> q, d_o;
-    alignas(1024) float2 stats[kWarpgroupKeys];
+    alignas(1024) float2 stats[kWarpgroupKeys];  // {L, D}; the next stage's tiles begin at 1024 bytes again
 };
 
 struct KeyBlockSm90Shared {  // 120 KB; registers allow one block an SM
@@ -238,6 +238,8 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 1)
     uint32_t left_ds[4][4];  // of the step before
     fill(dk, 0.0f);
     fill(dv, 0.0f);
+    // As in the picture above. The first step is on the diagonal and has none before it; compiled for itself,
+    // since a product under a condition of the run would cost the others a fence each.
     const auto step = [&](int tile, auto first_step) {
         constexpr bool kFirst = decltype(first_step)::value;
         const QueryStage& stage = s.ring[tile];
