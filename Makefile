@@ -198,6 +198,8 @@ GPU_TESTS = $(if $(filter gpu,$(DEVICE)),"gpu=dev/gpu_check.sh smoke")
 NVCC_TESTS = $(if $(NVCC),"nvcc ptxas report=$(PYTHON) dev/check_ptxas.py build/gpu-*-*/train_gpt2.ptxas" \
     "nvcc machine code=$(PYTHON) dev/check_sass.py build/gpu-bf16-adamw/train_gpt2")
 
+# The whole model with attention by wgmma, which no build has by itself.
+WGMMA_MODEL := build/sim-bf16-adamw-wgmma$(SUFFIX)/test_gpt2
 # What `make test` runs under the checks too: the kernels with the most to get wrong, and a whole model.
 CI_CHECK_KERNELS := attention layernorm sgd_sai
 SIM_KERNEL_PROGRAMS = $(foreach p,bf16 fp32,$(addprefix build/sim-$(p)$(VARIANT)$(SUFFIX)/kernels/,$(KERNELS)))
@@ -211,6 +213,7 @@ test: setup device
 	@$(RUN_TESTS) "program=$(PYTHON) -m pytest dev/test/test_program.py" \
 	    "simulator planted bugs=$(PYTHON) dev/test/simulator_test.py" \
 	    $(call KERNEL_TESTS,,bf16 fp32,$(KERNELS)) $(call MODEL_TESTS,,bf16 fp32,adamw sgd_sai) \
+	    "model bf16 adamw wgmma=$(WGMMA_MODEL)" \
 	    $(foreach c,-memory -race,$(call KERNEL_TESTS,$(c),bf16,$(CI_CHECK_KERNELS)) $(call MODEL_TESTS,$(c),bf16,sgd_sai)) \
 	    $(HOST_TEST_RUNS) "scripts=$(PYTHON) -m pytest dev/test --ignore dev/test/test_program.py" \
 	    "ruff=$(PYTHON) -m ruff check --quiet data dev scripts && echo 1 passed, 0 failed" $(NVCC_TESTS) $(GPU_TESTS)
@@ -222,7 +225,7 @@ test: setup
 	    $(foreach p,bf16 fp32,$(foreach o,adamw sgd_sai,"training $(p) $(o)$(SUFFIX)=dev/test/train_ten_steps.sh build/sim-$(p)-$(o)$(VARIANT)$(SUFFIX)"))
 endif
 
-test_programs: host_tests $(SIM_KERNEL_PROGRAMS) $(SIM_MODEL_PROGRAMS) \
+test_programs: host_tests $(SIM_KERNEL_PROGRAMS) $(SIM_MODEL_PROGRAMS) $(WGMMA_MODEL) \
     $(if $(NVCC),$(addsuffix /train_gpt2,$(GPU_PROGRAMS)))
 ci_check_programs: $(foreach k,$(CI_CHECK_KERNELS),build/sim-bf16$(VARIANT)$(SUFFIX)/kernels/$(k)) \
     build/sim-bf16-sgd_sai$(VARIANT)$(SUFFIX)/test_gpt2

@@ -86,8 +86,8 @@ struct HeadBoxes {
 // Stages of shared memory, and for each the barriers of its copies and of its readers.
 template <class Stage>
 struct Ring {
-    static constexpr int kStages = 4,
-                         kAhead = 2;  // a power of two, so that a tile's stage and phase are bits
+    static constexpr int kStages = 4;  // a power of two: a tile's stage and phase are bits of its number
+    static constexpr int kAhead = 2;
     Stage stage[kStages];
     ptx::Mbarrier full[kStages], empty[kStages];
 

@@ -130,9 +130,8 @@ void memory_barrier_arrive(const void* address, unsigned bytes, const char* word
     MemoryBarrier& b = find_barrier(address, word, where);
     if (b.pending == 0)
         fail(where,
-             "%s: all %u arrivals of the barrier's phase are there and its bytes are still to come: nobody "
-             "has "
-             "waited for them",
+             "%s: all %u arrivals of the barrier's phase are there and its bytes are still to come: "
+             "nobody has waited for them",
              word, b.expected);
     if (race_on) race_memory_barrier_arrive(b);
     b.bytes += bytes;
@@ -152,8 +151,7 @@ void memory_barrier_wait(const void* address, unsigned parity, Where where) {
     int64_t& waited = b.waited[w.current->thread];
     if (wanted != waited + 1)
         fail(where,
-             "mbarrier_wait for parity %u: here that is phase %lld, and the last one that this thread has "
-             "waited "
+             "mbarrier_wait for parity %u: here that is phase %lld, and the last that this thread has waited "
              "for is %lld; who leaves one out or waits twice can't know which phase the parity stands for",
              parity, static_cast<long long>(wanted), static_cast<long long>(waited));
     waited = wanted;
