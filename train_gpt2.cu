@@ -3,6 +3,7 @@
 //     make train_gpt2 OPTIMIZER=adamw|sgd_sai      the optimizer is chosen when this is compiled
 //     build/gpu-bf16-adamw/train_gpt2 --train-data 'data/shakespeare_gpt2/train_*.bin' --steps 300
 #include <algorithm>
+#include <cstdio>  // printf
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -83,7 +84,11 @@ static Matmuls prepared_matmuls(const Options& o, const Gpt2Config& config, Gpu&
                      .channels = o.channels,
                      .padded_vocab_size = config.shape.padded_vocab_size(),
                      .accumulate = o.total_batch > tokens || tokens > logit_rows(tokens)},
-                    gpu);
+                    gpu, [](const MatmulPlan& plan, size_t done, size_t all) {
+                        printf("product %zu/%zu %s: %.0f us, best of %d (first %.0f)\n", done, all,
+                               text_of_key(plan.key).c_str(), plan.us, plan.candidates, plan.first_us);
+                        fflush(stdout);
+                    });
     return matmuls;
 }
 

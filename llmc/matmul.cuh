@@ -519,7 +519,9 @@ class Matmuls {
 
     // Makes every plan of a training micro-step. Measuring wants memory for operands: call it before the big
     // arenas are taken. Products of other shapes (sampling, a last partial batch) get theirs at first use.
-    void prepare(const MatmulModel& model, Gpu& gpu) {
+    // measured(plan, done, all) is called after each product that had to be measured: that takes a second.
+    template <class Measured>
+    void prepare(const MatmulModel& model, Gpu& gpu, Measured measured) {
         const int64_t N = model.tokens, R = model.logit_rows, C = model.channels,
                       Vp = model.padded_vocab_size;
         std::vector<MatmulKey> keys = {
@@ -541,8 +543,13 @@ class Matmuls {
             keys.push_back(wgrad_key(C, 4 * C, N, write));
             keys.push_back(wgrad_key(C, Vp, R, write));
         }
-        for (const MatmulKey& key : keys) plan_untold(key, gpu);
+        for (size_t i = 0; i < keys.size(); i++)
+            if (const MatmulPlan& plan = plan_untold(keys[i], gpu); plan.candidates > 0)
+                measured(plan, i + 1, keys.size());
         tell_left_out();
+    }
+    void prepare(const MatmulModel& model, Gpu& gpu) {
+        prepare(model, gpu, [](const MatmulPlan&, size_t, size_t) {});
     }
 
     // Plans as text, a line each: for the log, checkpoints and other ranks. One with algo -1 is the library's

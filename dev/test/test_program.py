@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -681,6 +682,17 @@ def test_algorithms_that_fail_are_dropped(train):
         for plan in other.kind("run")[0]["plans"]:
             assert plan.endswith(f" fused {0 if 'gelu' in plan or 'bgrad' in plan else 1}")
         assert other.losses == pytest.approx(run.losses, rel=rounding())
+
+
+def test_measuring_shows_its_progress(train):
+    """A line for each product that is measured, the first time on a GPU half a minute of them; else none."""
+    run = train(tune=1, env={"SIM_CUBLASLT": "ww"})
+    plans = run.kind("run")[0]["plans"]
+    lines = [line for line in run.out.splitlines() if line.startswith("product ")]
+    assert [line.split()[1] for line in lines] == [f"{i}/{len(plans)}" for i in range(1, len(plans) + 1)]
+    assert {line.split(maxsplit=2)[2].split(":")[0] for line in lines} == {p.split(" = ")[0] for p in plans}
+    assert all(re.search(r": \d+ us, best of [24] \(first \d+\)$", line) for line in lines)
+    assert "product " not in train(tune=0).out
 
 
 def test_no_algorithm_is_left(adamw):
