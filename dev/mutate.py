@@ -279,7 +279,7 @@ def table() -> list[Mutation]:
             ("if (moved) rescale(o, correction);", ""),
             ("if (moved) rescale(sum, correction);", ""),
             ("s.ring.release(tile - 1);", "s.ring.release(tile);"),
-            ("ptx::mbarrier_wait(&s.q_full, 0);", ""),
+            ("ptx::mbarrier_wait(&s.ring.rows, 0);", ""),
             (
                 "s.ring.wait(tile); ptx::wgmma_fence(); start_scores(scores, q, s.ring[tile].k);",
                 "ptx::wgmma_fence(); start_scores(scores, q, s.ring[tile].k); s.ring.wait(tile);",
@@ -294,7 +294,7 @@ def table() -> list[Mutation]:
             ("parity(tile - kStages));", "parity(tile));"),
             ("static_cast<unsigned>(tile) / kStages % 2;", "static_cast<unsigned>(tile) % 2;"),
             ("tile + kAhead >= kStages &&", "tile + kAhead > kStages &&"),
-            ("tile + kAhead < tiles;", "tile + kAhead < tiles - 1;"),
+            ("tile + kAhead < tiles) load", "tile + kAhead < tiles - 1) load"),
             ("(which * NH + head % NH) * kHeadSize)", "(which + head % NH * 3) * kHeadSize)"),
             ("b(head / NH) {}", "b(head % NH) {}"),
             ("{kHeadSize, kBoxRows, 1}", "{kHeadSize, kBoxRows / 2, 1}"),
@@ -455,14 +455,9 @@ def table() -> list[Mutation]:
                 program("test_logits_in_chunks"),
             ),
             (
-                ".N = N, .C = C, .OC = 4 * C, .write = write}",
-                ".N = N, .C = C, .OC = 4 * C, .write = Write::Assign}",
-            ),
-            (
                 ".write = write, .dbias = d.fcb, .scratch",
                 ".write = Write::Assign, .dbias = d.fcb, .scratch",
             ),
-            ("act.residual2_", "act.residual2_"),
             ("{d.ln2w, d.ln2b, d.attprojb}", "{d.ln2b, d.ln2w, d.attprojb}"),
             (
                 ".inp = a.atty, .weight = w.attprojw, .bias = w.attprojb",

@@ -87,7 +87,6 @@ struct QueryBlockSm90Shared {  // 98 KB: two blocks an SM; every tile starts on 
         Ring<KeyValueStage> ring;
         WarpgroupColumnSums columns;  // when all tiles have been read
     };
-    ptx::Mbarrier rows_full;
     float2 stats[kBlockRows];  // {L, D} of the block's queries
 };
 
@@ -103,20 +102,19 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 2)
     const int my_tiles = min(tiles, 2 * block + group + 1);  // that the warpgroup sees
     const HeadBoxes keys(boxes.qkv, kKey, head, a.NH), values(boxes.qkv, kValue, head, a.NH);
 
+    const auto load = [&](int tile) { load_keys(s.ring, tile, keys, values); };
     if (threadIdx.x == 0) {
         s.ring.init(kWarpgroupThreads / 32);
-        ptx::mbarrier_init(&s.rows_full, 1);
-        ptx::fence_async_proxy();
-        ptx::mbarrier_arrive_expect(&s.rows_full, sizeof(s.q) + sizeof(s.d_o));
-        HeadBoxes(boxes.qkv, kQuery, head, a.NH).load(s.q, block_query, &s.rows_full);
-        HeadBoxes(boxes.dout, 0, head, a.NH).load(s.d_o, block_query, &s.rows_full);
-        for (int tile = 0; tile < min(tiles, s.ring.kStages); tile++) load_keys(s.ring, tile, keys, values);
+        ptx::mbarrier_arrive_expect(&s.ring.rows, sizeof(s.q) + sizeof(s.d_o));
+        HeadBoxes(boxes.qkv, kQuery, head, a.NH).load(s.q, block_query, &s.ring.rows);
+        HeadBoxes(boxes.dout, 0, head, a.NH).load(s.d_o, block_query, &s.ring.rows);
+        s.ring.load_first(tiles, load);
     }
     store_query_stats<kWarpgroupThreads>(a, head, block_query, kBlockRows, s.stats);
     __syncthreads();  // barriers and statistics are there
     const int lane = threadIdx.x % 32;
     const float2 stats[2] = {s.stats[warp_row + lane / 4], s.stats[warp_row + lane / 4 + 8]};
-    ptx::mbarrier_wait(&s.rows_full, 0);
+    ptx::mbarrier_wait(&s.ring.rows, 0);
 
     float dq[1][8][4], p[1][8][4], ds[1][8][4];
     fill(dq, 0.0f);
@@ -133,7 +131,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 2)
         for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) p[0][n][e] = ptx::ex2(fmaf(p[0][n][e], kScaleLog2, -stats[e / 2].x));
-        if (s.ring.loads_ahead(tile, tiles)) load_keys(s.ring, tile + s.ring.kAhead, keys, values);
+        s.ring.load_ahead(tile, tiles, load);
         ptx::wgmma_wait<0>(ds[0]);
 #pragma unroll
         for (int n = 0; n < 8; n++)
@@ -163,7 +161,6 @@ struct QueryStage {
 struct KeyBlockSm90Shared {  // 120 KB; registers allow one block an SM
     Tile<kBlockRows> k, v;
     Ring<QueryStage> ring;
-    ptx::Mbarrier rows_full;
     WarpgroupColumnSums columns;
 };
 
@@ -216,17 +213,16 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 1)
     const QueryTiles queries{HeadBoxes(boxes.qkv, kQuery, head, a.NH), HeadBoxes(boxes.dout, 0, head, a.NH),
                              a.stats_of(head), block_key};
 
+    const auto load = [&](int tile) { queries.load(s.ring, tile); };
     if (threadIdx.x == 0) {
         s.ring.init(kWarpgroupThreads / 32);
-        ptx::mbarrier_init(&s.rows_full, 1);
-        ptx::fence_async_proxy();
-        ptx::mbarrier_arrive_expect(&s.rows_full, sizeof(s.k) + sizeof(s.v));
-        HeadBoxes(boxes.qkv, kKey, head, a.NH).load(s.k, block_key, &s.rows_full);
-        HeadBoxes(boxes.qkv, kValue, head, a.NH).load(s.v, block_key, &s.rows_full);
-        for (int tile = 0; tile < min(tiles, s.ring.kStages); tile++) queries.load(s.ring, tile);
+        ptx::mbarrier_arrive_expect(&s.ring.rows, sizeof(s.k) + sizeof(s.v));
+        HeadBoxes(boxes.qkv, kKey, head, a.NH).load(s.k, block_key, &s.ring.rows);
+        HeadBoxes(boxes.qkv, kValue, head, a.NH).load(s.v, block_key, &s.ring.rows);
+        s.ring.load_first(tiles, load);
     }
     __syncthreads();  // the barriers are there
-    ptx::mbarrier_wait(&s.rows_full, 0);
+    ptx::mbarrier_wait(&s.ring.rows, 0);
     uint32_t k[4][4], v[4][4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -257,7 +253,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 1)
         for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) p[0][n][e] = ptx::ex2(fmaf(p[0][n][e], kScaleLog2, -logs[n][e % 2]));
-        if (s.ring.loads_ahead(tile, tiles)) queries.load(s.ring, tile + s.ring.kAhead);
+        s.ring.load_ahead(tile, tiles, load);
         if constexpr (!kFirst) {
             ptx::wgmma_wait<1>(dk[0]);
             s.ring.release(tile - 1);

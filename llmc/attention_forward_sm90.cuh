@@ -52,7 +52,6 @@ struct KeyValueStage {
 struct ForwardSm90Shared {
     Tile<kBlockRows> q;
     Ring<KeyValueStage> ring;
-    ptx::Mbarrier q_full;
 };
 static_assert(sizeof(Tile<kBlockRows>) % 1024 == 0 && sizeof(Tile<kWarpgroupKeys>) % 1024 == 0);
 
@@ -105,17 +104,16 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 2)
     const int my_tiles = min(tiles, 2 * block + group + 1);  // that the warpgroup sees
     const HeadBoxes keys(qkv, kKey, head, NH), values(qkv, kValue, head, NH);
 
+    const auto load = [&](int tile) { load_keys(s.ring, tile, keys, values); };
     if (threadIdx.x == 0) {
         s.ring.init(kWarpgroupThreads / 32);
-        ptx::mbarrier_init(&s.q_full, 1);
-        ptx::fence_async_proxy();
-        ptx::mbarrier_arrive_expect(&s.q_full, sizeof(s.q));
-        HeadBoxes(qkv, kQuery, head, NH).load(s.q, block_query, &s.q_full);
-        for (int tile = 0; tile < min(tiles, s.ring.kStages); tile++) load_keys(s.ring, tile, keys, values);
+        ptx::mbarrier_arrive_expect(&s.ring.rows, sizeof(s.q));
+        HeadBoxes(qkv, kQuery, head, NH).load(s.q, block_query, &s.ring.rows);
+        s.ring.load_first(tiles, load);
     }
     __syncthreads();  // the barriers are there
     uint32_t q[4][4], p[4][4];
-    ptx::mbarrier_wait(&s.q_full, 0);
+    ptx::mbarrier_wait(&s.ring.rows, 0);
 #pragma unroll
     for (int k = 0; k < 4; k++) ptx::ldmatrix_x4(q[k], block_down(s.q, warp_row, 16 * k));
 
@@ -125,7 +123,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 2)
     s.ring.wait(0);
     ptx::wgmma_fence();
     start_scores(scores, q, s.ring[0].k);
-    ptx::wgmma_wait_all(scores[0]);
+    ptx::wgmma_wait<0>(scores[0]);
     if (kWarpgroupKeys > warp_query + 1) mask_future_keys(scores, warp_query, 0);
     move_references(reference, correction, scores);
     probabilities(scores, sum, reference);
@@ -141,15 +139,15 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 2)
         const bool moved = move_references(reference, correction, scores);
         if (moved) rescale(sum, correction);
         probabilities(scores, sum, reference);
-        if (s.ring.loads_ahead(tile, tiles)) load_keys(s.ring, tile + s.ring.kAhead, keys, values);
-        ptx::wgmma_wait<0>(o[0]);  // stays below the exponentials because of that branch
+        s.ring.load_ahead(tile, tiles, load);
+        ptx::wgmma_wait<0>(o[0]);  // stays below the exponentials because of its branch
         s.ring.release(tile - 1);
         if (moved) rescale(o, correction);
         pack_probabilities(p, scores);
     }
     ptx::wgmma_fence();
     start_sum(o, p, s.ring[my_tiles - 1].v);
-    ptx::wgmma_wait_all(o[0]);
+    ptx::wgmma_wait<0>(o[0]);
 
     float inverse[1][2];
     finish_softmax(inverse, lse + static_cast<size_t>(head) * T, warp_query, T, reference, sum);

@@ -90,14 +90,17 @@ struct Ring {
     static constexpr int kAhead = 2;
     Stage stage[kStages];
     ptx::Mbarrier full[kStages], empty[kStages];
+    ptx::Mbarrier rows;  // of what the block reads once: its own rows
 
-    // One thread, before any other call; `warps` release each tile. A fence_async_proxy must follow.
+    // One thread, before any other call and its own copies; `warps` release each tile.
     __device__ void init(int warps) {
 #pragma unroll
         for (int i = 0; i < kStages; i++) {
             ptx::mbarrier_init(&full[i], 1);
             ptx::mbarrier_init(&empty[i], static_cast<unsigned>(warps));
         }
+        ptx::mbarrier_init(&rows, 1);
+        ptx::fence_async_proxy();
     }
 
     __device__ Stage& operator[](int tile) { return stage[slot(tile)]; }
@@ -111,10 +114,15 @@ struct Ring {
         ptx::mbarrier_arrive_expect(&full[slot(tile)], bytes);
         return &full[slot(tile)];
     }
-    // Whether, in the step of `tile`, this thread is to load tile + kAhead. The first kStages of all `tiles`
-    // are loaded before the first step.
-    __device__ static bool loads_ahead(int tile, int tiles) {
-        return threadIdx.x == 0 && tile + kAhead >= kStages && tile + kAhead < tiles;
+    // load(tile) by the thread that loads: for the first tiles of all `tiles`, before the first step, and in
+    // the step of `tile`, where every thread comes, for tile + kAhead.
+    template <class Load>
+    __device__ static void load_first(int tiles, Load load) {
+        for (int tile = 0; tile < min(tiles, kStages); tile++) load(tile);
+    }
+    template <class Load>
+    __device__ static void load_ahead(int tile, int tiles, Load load) {
+        if (threadIdx.x == 0 && tile + kAhead >= kStages && tile + kAhead < tiles) load(tile + kAhead);
     }
     // Every thread that reads the tile, before it does; tiles in their order, none left out.
     __device__ void wait(int tile) { ptx::mbarrier_wait(&full[slot(tile)], parity(tile)); }

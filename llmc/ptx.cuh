@@ -221,7 +221,6 @@ template <int N>
 __device__ inline void wgmma_wait(float (&d)[8][4]) {
     PTX_SM90A("wgmma.wait_group.sync.aligned %32;" : PTX_OUT(d) : "n"(N) : "memory");
 }
-__device__ inline void wgmma_wait_all(float (&d)[8][4]) { wgmma_wait<0>(d); }
 
 // The matrix descriptor of a tile's block that starts at byte `offset` of it: address / 16 in bits 0 .. 13,
 // 1024 bytes from eight rows to the next eight in bits 32 .. 45, swizzle mode 1 (128 bytes) in bits 62 .. 63;

@@ -199,11 +199,11 @@ __global__ void warpgroup_kernel(float* d, const uint32_t* a, const uint16_t* ti
     ptx::wgmma_transposed<false>(rd, ra[0], s.bytes, 16);
     ptx::wgmma_transposed<true>(rd, ra[1], s.bytes, 0);
     ptx::wgmma_commit();
-    ptx::wgmma_wait_all(rd);
+    ptx::wgmma_wait<0>(rd);
     ptx::wgmma_fence();
     ptx::wgmma(rd, ra[1], s.bytes, 32);
     ptx::wgmma_commit();
-    ptx::wgmma_wait_all(rd);
+    ptx::wgmma_wait<0>(rd);
     for (int i = 0; i < 32; i++) d[thread * 32 + i] = rd[i / 4][i % 4];
 }
 

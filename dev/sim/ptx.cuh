@@ -179,7 +179,7 @@ inline void fence_async_proxy() { sim::memory_barrier_fence(); }
 
 // ---- products of a warpgroup (sm_90a) --------------------------------------------------------------------
 //
-// Started by wgmma and done by the wgmma_wait_all that covers their group: until then the accumulators are
+// Started by wgmma and done by the wgmma_wait that covers their group: until then the accumulators are
 // poison, and the tile is read at the wait, so that a missing commit or wait, and a tile that is filled again
 // too early, show. A missing wgmma_fence is an error, and the race record sees a missing fence_async_proxy. A
 // warp's rows of the result depend on its own rows of the left operand alone, so each warp does its part.
@@ -285,7 +285,6 @@ inline void wgmma_wait(float (&d)[8][4], sim::Where where = sim::Where::current(
         if (sum.held == d && N > 0)
             sim::fail(where, "wgmma_wait<%d> names accumulators whose products it doesn't wait for", N);
 }
-inline void wgmma_wait_all(float (&d)[8][4]) { wgmma_wait<0>(d); }
 
 template <bool kAdd>
 inline void wgmma_transposed(float (&d)[8][4], const uint32_t (&a)[4], const unsigned char* tile, int column,

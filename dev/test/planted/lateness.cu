@@ -58,7 +58,7 @@ __global__ void product_kernel(float* out) {
         for (unsigned i = threadIdx.x; i < sizeof(s.bytes) / 2; i += blockDim.x) tile[i] = 0;
         __syncthreads();
     }
-    if (bug != Product::NoWait) ptx::wgmma_wait_all(d);
+    if (bug != Product::NoWait) ptx::wgmma_wait<0>(d);
     out[threadIdx.x] = d[7][3];
 }
 
@@ -90,7 +90,7 @@ __global__ void early_product_kernel(float* out, const float* in) {
     ptx::wgmma_transposed<false>(d, a, s.bytes, 0);  // BUG early_product
     ptx::mbarrier_wait(&s.full, 0);
     ptx::wgmma_commit();
-    ptx::wgmma_wait_all(d);
+    ptx::wgmma_wait<0>(d);
     out[threadIdx.x] = d[0][0];
 }
 

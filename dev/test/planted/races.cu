@@ -191,7 +191,7 @@ __global__ void no_proxy_fence_kernel(float* out) {
     ptx::wgmma_fence();
     ptx::wgmma_transposed<false>(d, a, s.bytes, 0);  // BUG no_proxy_fence
     ptx::wgmma_commit();
-    ptx::wgmma_wait_all(d);
+    ptx::wgmma_wait<0>(d);
     out[threadIdx.x] = d[0][0];
 }
 
