@@ -29,25 +29,15 @@ MemoryBarrier& find_barrier(const void* address, const char* word, Where where) 
          static_cast<size_t>(static_cast<const unsigned char*>(address) - worker->shared));
 }
 
-void wake(Worker& w, MemoryBarrier& b) {
-    w.progress++;
-    for (unsigned i = 0; i < (w.threads + 31) / 32; i++) {
-        if (!b.waiting[i]) continue;
-        w.warps[i].ready |= b.waiting[i];
-        w.ready_warps |= 1u << i;
-        b.waiting[i] = 0;
-    }
-}
-
-void complete_phase(Worker& w, MemoryBarrier& b) {
+void complete_phase(MemoryBarrier& b) {
     if (race_on) b.complete_clocks = b.clocks;
     b.phase++;
     b.pending = b.expected;
-    wake(w, b);
+    wake(b.waiting);
 }
 
 // The barrier's copies land, which ends its phase where all arrivals are there.
-void land(Worker& w, MemoryBarrier& b) {
+void land(MemoryBarrier& b) {
     for (const MemoryBarrier::Copy& c : b.copies) {
         if (race_on) race_bulk_landed(b, c.to, c.thread, c.clock);
         if (c.from) memcpy(c.to, c.from, kPiece);
@@ -59,7 +49,7 @@ void land(Worker& w, MemoryBarrier& b) {
              "bulk copies brought %lld bytes more than mbarrier_arrive_expect announced for the phase",
              static_cast<long long>(-b.bytes));
     b.copies.clear();
-    if (b.pending == 0 && b.bytes == 0) complete_phase(w, b);
+    if (b.pending == 0 && b.bytes == 0) complete_phase(b);
 }
 
 bool has_waiters(const MemoryBarrier& b) {
@@ -138,7 +128,7 @@ void memory_barrier_arrive(const void* address, unsigned bytes, const char* word
     if (bytes > kMostBytes || b.bytes > kMostBytes)
         fail(where, "%s: %lld bytes for one phase; a barrier counts to %u", word,
              static_cast<long long>(b.bytes), kMostBytes);
-    if (--b.pending == 0 && b.bytes == 0 && b.copies.empty()) complete_phase(*worker, b);
+    if (--b.pending == 0 && b.bytes == 0 && b.copies.empty()) complete_phase(b);
 }
 
 void memory_barrier_wait(const void* address, unsigned parity, Where where) {
@@ -169,7 +159,7 @@ bool land_bulk_copies(Worker& w) {
         if (!b.copies.empty() && has_waiters(b)) candidates.push_back(&b);
     if (candidates.empty()) return false;
     // Copies need not come in the order of their issue: the last barrier is first, or any.
-    land(w, *candidates[w.shuffle ? next_random(w.random) % candidates.size() : candidates.size() - 1]);
+    land(*candidates[w.shuffle ? next_random(w.random) % candidates.size() : candidates.size() - 1]);
     return true;
 }
 

@@ -339,17 +339,21 @@ Barrier& join_barrier(const char* word, int id, unsigned threads, Where where) {
     return b;
 }
 
-void finish_barrier(Barrier& b) {
+void wake(uint32_t (&waiting)[kMaxWarps]) {
     Worker& w = *worker;
-    if (race_on) race_barrier_passed(b);
-    b.arrived = 0;
     w.progress++;
     for (unsigned i = 0; i < (w.threads + 31) / 32; i++) {
-        if (!b.waiting[i]) continue;
-        w.warps[i].ready |= b.waiting[i];
+        if (!waiting[i]) continue;
+        w.warps[i].ready |= waiting[i];
         w.ready_warps |= 1u << i;
-        b.waiting[i] = 0;
+        waiting[i] = 0;
     }
+}
+
+void finish_barrier(Barrier& b) {
+    if (race_on) race_barrier_passed(b);
+    b.arrived = 0;
+    wake(b.waiting);
 }
 
 void fence() {

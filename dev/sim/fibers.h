@@ -177,8 +177,9 @@ inline constinit thread_local Worker* worker = nullptr;
 [[noreturn]] void fail(Where where, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 Meeting& join_meeting(const char* word, uint32_t mask,
-                      Where where);  // checks, and finds or opens the meeting
-void switch_to_next();               // another warp, an unstarted lane, or the end
+                      Where where);         // checks, and finds or opens the meeting
+void wake(uint32_t (&waiting)[kMaxWarps]);  // these lanes of the block can go on, and wait no more
+void switch_to_next();                      // another warp, an unstarted lane, or the end
 void finish_barrier(Barrier& barrier);
 void fence();
 Barrier& join_barrier(const char* word, int id, unsigned threads, Where where);

@@ -97,6 +97,11 @@ struct Record {
         if (u == t) return clock[t];
         return extra_of[u] == barrier_time ? std::max(base[t], extra[u][t]) : base[t];
     }
+    Clocks known(unsigned u) const {  // of all threads
+        Clocks all(clock.size());
+        for (unsigned t = 0; t < all.size(); t++) all[t] = known(u, t);
+        return all;
+    }
 };
 
 Record& record() {
@@ -272,14 +277,18 @@ void saw(const void* p, size_t bytes, bool write, bool atomic, const void* retur
              thread_of(w).c_str(), site_text(site).c_str(), describe_address(p).c_str());
 }
 
+// `known` knows what `other` knows too.
+void take_over(Clocks& known, const Clocks& other) {
+    known.resize(std::max(known.size(), other.size()));
+    for (size_t t = 0; t < other.size(); t++) known[t] = std::max(known[t], other[t]);
+}
+
 // The threads of `group` have met: each knows what all knew, and what comes now is later.
 void join(Record& r, const std::vector<unsigned>& group) {
     const size_t n = r.clock.size();
     Clocks joined(n, 0);
-    for (const unsigned u : group) {
-        if (r.extra_of[u] == r.barrier_time)
-            for (size_t t = 0; t < n; t++) joined[t] = std::max(joined[t], r.extra[u][t]);
-    }
+    for (const unsigned u : group)
+        if (r.extra_of[u] == r.barrier_time) take_over(joined, r.extra[u]);
     for (const unsigned u : group) joined[u] = std::max(joined[u], r.clock[u]);
     for (const unsigned u : group) {
         r.extra[u] = joined;
@@ -408,22 +417,11 @@ void race_proxy_read(const void* p, size_t bytes, Where where) {
     check_proxy_fenced(record(), reinterpret_cast<uintptr_t>(p), bytes, "a warpgroup product", false, where);
 }
 
-namespace {
-
-void take_over(Clocks& known, const Clocks& other) {
-    known.resize(std::max(known.size(), other.size()));
-    for (size_t t = 0; t < other.size(); t++) known[t] = std::max(known[t], other[t]);
-}
-
-}  // namespace
-
 // Who waits for the phase will know what this thread knows.
 void race_memory_barrier_arrive(MemoryBarrier& b) {
     Record& r = record();
     const unsigned me = worker->current->thread;
-    Clocks mine(r.clock.size());
-    for (unsigned t = 0; t < mine.size(); t++) mine[t] = r.known(me, t);
-    take_over(b.clocks, mine);
+    take_over(b.clocks, r.known(me));
     r.clock[me]++;
 }
 
@@ -440,9 +438,8 @@ void race_memory_barrier_passed(const MemoryBarrier& b) {
 // The bytes count as written at their issue, and whoever waits knows of that.
 void race_bulk_landed(MemoryBarrier& b, void* to, unsigned thread, uint32_t clock) {
     record().pending.erase(reinterpret_cast<uintptr_t>(to));
-    Clocks issued(thread + 1, 0);
-    issued[thread] = clock;
-    take_over(b.clocks, issued);
+    b.clocks.resize(record().clock.size());
+    b.clocks[thread] = std::max(b.clocks[thread], clock);
 }
 
 namespace {
@@ -457,8 +454,8 @@ void synchronize_at(uintptr_t address) {
         if (release->block != r.block) r.acquires.push_back({me, r.clock[me], release});
     r.clock[me]++;
     if (!r.fenced[me]) return;
-    auto release = std::make_shared<Release>(Release{r.block, Clocks(r.clock.size())});
-    for (unsigned t = 0; t < r.clock.size(); t++) release->known[t] = t == me ? r.fenced[me] : r.known(me, t);
+    auto release = std::make_shared<Release>(Release{r.block, r.known(me)});
+    release->known[me] = r.fenced[me];
     released.push_back(std::move(release));
 }
 

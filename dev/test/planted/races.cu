@@ -140,11 +140,11 @@ __global__ void fresh_shared_kernel(float* out) {
     out[threadIdx.x] = s.x[threadIdx.x];  // BUG fresh_shared
 }
 
-template <void (*kernel)(float*), unsigned blocks, unsigned threads>
+template <void (*kernel)(float*), unsigned blocks, unsigned threads, class Shared = FloatsShared>
 void run(Gpu& gpu) {
     DeviceBuffer<float> out(1024);
     fill_zero(out.get(), out.size(), gpu);
-    launch<FloatsShared>(kernel, {blocks, threads}, gpu, out.get());
+    launch<Shared>(kernel, {blocks, threads}, gpu, out.get());
     gpu.synchronize();
 }
 
@@ -162,11 +162,12 @@ void run_ldmatrix(Gpu& gpu) {
     gpu.synchronize();
 }
 
-template <void (*kernel)(float*, const float*), bool fresh = false>
+template <void (*kernel)(float*, const float*), bool fresh = false, class Shared = CopyShared,
+          unsigned threads = 32>
 void run_copy(Gpu& gpu) {
     DeviceBuffer<float> out(128), in(128);
     if (!fresh) fill_zero(in.get(), 128, gpu);
-    launch<CopyShared>(kernel, {1, 32}, gpu, out.get(), in.get());
+    launch<Shared>(kernel, {1, threads}, gpu, out.get(), in.get());
     gpu.synchronize();
 }
 
@@ -217,19 +218,6 @@ __global__ void no_fence_before_copy_kernel(float* out, const float* in) {
     out[threadIdx.x] = s.x[threadIdx.x];
 }
 
-void run_no_fence_before_copy(Gpu& gpu) {
-    DeviceBuffer<float> out(128), in(128);
-    fill_zero(in.get(), 128, gpu);
-    launch<CopyTarget>(no_fence_before_copy_kernel, {1, 128}, gpu, out.get(), in.get());
-    gpu.synchronize();
-}
-
-void run_no_proxy_fence(Gpu& gpu) {
-    DeviceBuffer<float> out(128);
-    launch<SwizzledShared>(no_proxy_fence_kernel, {1, 128}, gpu, out.get());
-    gpu.synchronize();
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -274,11 +262,11 @@ int main(int argc, char** argv) {
         {"no_proxy_fence", "race", "",
          "no_proxy_fence_kernel.*writes at .*@stored, and a warpgroup product.*@no_proxy_fence, without a "
          "fence_async_proxy",
-         run_no_proxy_fence},
+         run<no_proxy_fence_kernel, 1, 128, SwizzledShared>},
         {"no_fence_before_copy", "race", "",
          "no_fence_before_copy_kernel.*writes at .*@stored_before, and a bulk copy.*@copied_over, without a "
          "fence_async_proxy",
-         run_no_fence_before_copy},
+         run_copy<no_fence_before_copy_kernel, false, CopyTarget, 128>},
         {"fresh_device", "race", "",
          "kernel .*fresh_device_kernel.*thread \\(0, 0, 0\\): reads memory that nothing has written yet, at "
          ".*@fresh_device: byte 0 of device memory",
