@@ -156,6 +156,10 @@ def finished(process, folder, limit_s=300):
     return Run(process.returncode, out, err, folder)
 
 
+# Flags that are left away where --init-from or --model tells the shape.
+SHAPE_OF_THE_MODEL = {"layers": None, "channels": None, "heads": None, "vocab_size": None}
+
+
 class Program:
     def __init__(self, tmp_path, optimizer, precision="fp32"):
         self.path = BUILD / f"sim-{precision}-{optimizer}{SUFFIX}/train_gpt2"
@@ -184,9 +188,10 @@ class Program:
         }
 
     def start(self, flags, env=None, words=()):
-        """Starts it with the defaults and these flags; None leaves one away. Also its output directory."""
+        """Starts it with the defaults and these flags, _ in their names for -; None leaves one away. Also its
+        output directory."""
         self.runs += 1
-        flags = {**self.defaults(), **flags}
+        flags = {**self.defaults(), **{flag.replace("_", "-"): value for flag, value in flags.items()}}
         command = [str(self.path), *words]
         for flag, value in flags.items():
             if value is not None:
@@ -217,13 +222,13 @@ class Program:
 
     def __call__(self, env=None, **flags):
         """A run that succeeds: train(batch_size=4)."""
-        run = self.call({flag.replace("_", "-"): value for flag, value in flags.items()}, env)
+        run = self.call(flags, env)
         assert run.status == 0, run.err
         return run
 
     def refuses(self, *named, env=None, words=(), creates=False, **flags):
         """A run that ends with status 1 and one line that holds all words of `named`; creates nothing."""
-        run = self.call({flag.replace("_", "-"): value for flag, value in flags.items()}, env, words)
+        run = self.call(flags, env, words)
         assert run.status == 1, (run.status, run.err)  # a signal would be negative
         lines = run.err.splitlines()
         assert len(lines) == 1, run.err
@@ -507,10 +512,7 @@ def refuse_model(train, tensors, config, *named, **flags):
     folder = write_model(train.tmp_path / f"model{train.runs}", tensors, config)
     shard = write_shard(train.tmp_path / "t.bin", text(5, 400, 50), 50)
     flags = {
-        "vocab_size": None,
-        "layers": None,
-        "channels": None,
-        "heads": None,
+        **SHAPE_OF_THE_MODEL,
         "train_data": shard,
         **flags,
     }
@@ -800,10 +802,7 @@ def test_shuffle(train):
     model = train(**flags, steps=1).folder / "latest"
     flags |= {
         "init_from": model,
-        "layers": None,
-        "channels": None,
-        "heads": None,
-        "vocab_size": None,
+        **SHAPE_OF_THE_MODEL,
         "steps": 2 * samples,
     }
     in_order, shuffled, again, other = (
@@ -850,10 +849,7 @@ def reference_flags(program, name, variant, bound):
         "batch_size": settings["batch_size"],
         "steps": settings["updates"],
         "total_batch": settings["micro_steps"] * settings["batch_size"] * T,
-        "layers": None,
-        "channels": None,
-        "heads": None,
-        "vocab_size": None,
+        **SHAPE_OF_THE_MODEL,
         **{key: settings[key] for key in ("warmup_steps", "grad_clip", "final_lr_fraction")},
         **settings["variants"][variant],
     }
@@ -990,10 +986,7 @@ def test_saved_model_gives_the_same_loss(train):
     run = train(**flags)
     model = {
         "init_from": run.folder / "latest",
-        "layers": None,
-        "channels": None,
-        "heads": None,
-        "vocab_size": None,
+        **SHAPE_OF_THE_MODEL,
         "seq_len": None,
     }
     again = train(**{**flags, **model, "steps": 1, "learning_rate": 1e-30, "weight_decay": 0})
@@ -1096,8 +1089,7 @@ def test_dry_run(train):
 def test_plan_of_the_published_shapes(tmp_path, model, parameters):
     """GPT-2's four sizes. Their bytes pass 2^31 and 2^32, and grow in proportion to the batch."""
     train = Program(tmp_path, "adamw", "bf16")
-    shape = {"layers": None, "channels": None, "heads": None, "vocab-size": None}
-    shape |= {"seq-len": 1024, "model": model}
+    shape = {**SHAPE_OF_THE_MODEL, "seq-len": 1024, "model": model}
     plans = {}
     for batch in (1, 32, 64):
         run = train.call({**shape, "batch-size": batch, "train-data": None}, words=["--dry-run"])
@@ -1493,10 +1485,7 @@ def test_updates_that_are_not_finite_are_skipped(tmp_path, optimizer, precision)
     run = train.call(
         {
             "init-from": folder,
-            "layers": None,
-            "channels": None,
-            "heads": None,
-            "vocab-size": None,
+            **SHAPE_OF_THE_MODEL,
             "steps": 30,
             "train-data": write_shard(tmp_path / "t.bin", text(5, 800, 50), 50),
             "weight-decay": 0.1,
@@ -1521,10 +1510,7 @@ def test_a_run_that_applied_nothing_fails(train):
     run = train.call(
         {
             "init-from": folder,
-            "layers": None,
-            "channels": None,
-            "heads": None,
-            "vocab-size": None,
+            **SHAPE_OF_THE_MODEL,
             "steps": 4,
             "train-data": write_shard(train.tmp_path / "t.bin", text(5, 800, 50), 50),
         }
@@ -1549,8 +1535,13 @@ def test_skipped_updates_among_others_do_not_end_the_run(adamw):
     run = adamw(
         init_from=write_model(adamw.tmp_path / "model", tensors, config),
         train_data=write_shard(adamw.tmp_path / "t.bin", tokens, 50),
-        **{"layers": None, "channels": None, "heads": None, "vocab_size": None, "shuffle": 0},
-        **{"seq_len": T, "batch_size": 1, "steps": steps, "learning_rate": 1e-44, "weight_decay": 0},
+        **SHAPE_OF_THE_MODEL,
+        shuffle=0,
+        seq_len=T,
+        batch_size=1,
+        steps=steps,
+        learning_rate=1e-44,
+        weight_decay=0,
     )
     assert run.values("skip", "step") == list(range(2, steps + 1, 2))
     assert run.values("train", "step") == list(range(1, steps + 1, 2))
@@ -1569,7 +1560,7 @@ def test_a_run_that_explodes_saves_its_last_good_weights(sgd_sai):
         "schedule": "constant",
         "warmup_steps": 0,
     }
-    run = sgd_sai.call({**{flag.replace("_", "-"): value for flag, value in flags.items()}, "steps": 100})
+    run = sgd_sai.call({**flags, "steps": 100})
     assert run.status == 1
     applied = run.values("train", "step")
     assert applied == list(range(1, len(applied) + 1))
