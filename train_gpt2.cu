@@ -297,14 +297,11 @@ void Run::tell_speed() {
     std::nth_element(step_ms.begin(), step_ms.begin() + step_ms.size() / 2, step_ms.end());
     const double ms = step_ms[step_ms.size() / 2],
                  tokens_per_second = static_cast<double>(o.total_batch) / (ms * 1e-3);
-    const ModelShape& s = config.shape;
-    const double flops_per_token = 6.0 * static_cast<double>(model.table.parameters()) +
-                                   6.0 * s.layers * static_cast<double>(s.channels) * o.seq_len;
     const double peak = gpu.peak_bf16_flops();
     std::string mfu;
     if (peak > 0)
         mfu = text_of(", MFU %.1f%% of %.0f TFLOP/s by 6 N + 6 L C T",
-                      100 * tokens_per_second * flops_per_token / peak, peak * 1e-12);
+                      100 * tokens_per_second * model.model_flops_per_token() / peak, peak * 1e-12);
     screen.message("median update %.1f ms, %s tokens/s%s", ms, short_count(tokens_per_second).c_str(),
                    mfu.c_str());
 }

@@ -87,6 +87,12 @@ class Gpt2 {
         for (cudaEvent_t event : staged_) cudaEventDestroy(event);
     }
 
+    // 6 N + 6 L C T, what MFU counts.
+    double model_flops_per_token() const {
+        return 6.0 * static_cast<double>(table.parameters()) +
+               6.0 * shape().layers * static_cast<double>(shape().channels) * config.seq_len;
+    }
+
     // ---- arenas, for the optimizer, checkpoints and tests; Np elements each ------------------------------
 
     floatX* weights_arena() { return weights_.get(); }

@@ -20,6 +20,7 @@
 #include <array>
 #include <cfloat>
 #include <cstdint>
+#include <functional>  // function
 #include <map>
 #include <memory>
 #include <optional>
@@ -467,6 +468,9 @@ struct MatmulModel {
     bool accumulate;  // gradients are added to as well: several micro-steps, or several chunks of logits
 };
 
+// Told of each plan that was measured: the done-th of all.
+using MatmulMeasured = std::function<void(const MatmulPlan& plan, size_t done, size_t all)>;
+
 // The plans of a program, one for each distinct product, made at first use or by prepare(). One for a Gpu,
 // used by one thread; the work is asynchronous on gpu.stream and, plans given, deterministic.
 class Matmuls {
@@ -519,9 +523,8 @@ class Matmuls {
 
     // Makes every plan of a training micro-step. Measuring wants memory for operands: call it before the big
     // arenas are taken. Products of other shapes (sampling, a last partial batch) get theirs at first use.
-    // measured(plan, done, all) is called after each product that had to be measured: that takes a second.
-    template <class Measured>
-    void prepare(const MatmulModel& model, Gpu& gpu, Measured measured) {
+    // measured, where given, is called after each product that had to be measured: that takes a second.
+    void prepare(const MatmulModel& model, Gpu& gpu, const MatmulMeasured& measured = {}) {
         const int64_t N = model.tokens, R = model.logit_rows, C = model.channels,
                       Vp = model.padded_vocab_size;
         std::vector<MatmulKey> keys = {
@@ -544,12 +547,9 @@ class Matmuls {
             keys.push_back(wgrad_key(C, Vp, R, write));
         }
         for (size_t i = 0; i < keys.size(); i++)
-            if (const MatmulPlan& plan = plan_untold(keys[i], gpu); plan.candidates > 0)
+            if (const MatmulPlan& plan = plan_untold(keys[i], gpu); plan.candidates > 0 && measured)
                 measured(plan, i + 1, keys.size());
         tell_left_out();
-    }
-    void prepare(const MatmulModel& model, Gpu& gpu) {
-        prepare(model, gpu, [](const MatmulPlan&, size_t, size_t) {});
     }
 
     // Plans as text, a line each: for the log, checkpoints and other ranks. One with algo -1 is the library's

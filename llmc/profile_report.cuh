@@ -253,7 +253,7 @@ inline ProfileReport profile_report(Gpt2& model, Matmuls& matmuls, const Ceiling
                                     const ProfiledUpdates& updates, Gpu& gpu) {
     const Gpt2Config& c = model.config;
     const int64_t tokens = static_cast<int64_t>(c.batch_size) * c.seq_len, C = c.shape.channels;
-    const double N = static_cast<double>(model.table.parameters()), T = c.seq_len;
+    const double N = static_cast<double>(model.table.parameters());
     const double state_elements = static_cast<double>(model.table.padded_parameters());
     const double steps = static_cast<double>(updates.profiled_ms.size());
     auto mean = [](const std::vector<double>& ms) {
@@ -277,7 +277,7 @@ inline ProfileReport profile_report(Gpt2& model, Matmuls& matmuls, const Ceiling
             .trained_ms = mean(updates.trained_ms),
             .profiled_ms = mean(updates.profiled_ms),
             .graph = updates.graph,
-            .model_flops_per_token = 6 * N + 6 * static_cast<double>(c.shape.layers * C) * T,
+            .model_flops_per_token = model.model_flops_per_token(),
             .peak_flops = gpu.peak_bf16_flops(),
             .ceilings = ceilings,
             .times = times,
